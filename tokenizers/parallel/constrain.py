@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec
 DATA_AXES = ("data", "fsdp")
 CONTEXT_AXIS = "context"
 
-# Which activation axis the context axis of the mesh splits is decided when the mesh is made (`mesh.make_mesh`): it is
-# the suffix of the mesh axis name, so that the layers need no argument and no global variable.
-_CONTEXT_NAMES = {f"{CONTEXT_AXIS}_{name}": name for name in ("time", "height", "width")}
+# Which activation axis the context axis of the mesh splits is part of the mesh itself, as the suffix of the axis name,
+# so that the layers need no argument and no global variable. A plain "context" splits the height.
+_CONTEXT_NAMES = {CONTEXT_AXIS: "height"} | {f"{CONTEXT_AXIS}_{name}": name for name in ("time", "height", "width")}
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
