@@ -1,0 +1,117 @@
+"""The schema of every training config, with defaults. Each config file starts from `get_base` and changes fields.
+
+All fields can be overridden on the command line: ``--config.optimizer.lr=1e-4``.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def optimizer(**changes) -> ConfigDict:
+    """Fields of an optimizer (tokenizers/train/optim.py)."""
+    config = ConfigDict()
+    config.name = "adam"  # adam, adamw
+    config.lr = 1e-4
+    config.schedule = "constant"  # constant, cosine, linear
+    config.warmup = 0  # steps of linear warm-up
+    config.end = 0.0  # fraction of lr at the last step (cosine, linear)
+    config.b1 = 0.9
+    config.b2 = 0.999
+    config.eps = 1e-8
+    config.weight_decay = 0.0
+    config.clip = 1.0  # largest global gradient norm; 0 = no clipping
+    config.frozen = ()  # regular expressions over parameter paths that stay as they are
+    config.update(changes)
+    return config
+
+
+def stream(**changes) -> ConfigDict:
+    """One kind of batch: fixed frame count and one or several fixed sizes (buckets)."""
+    config = ConfigDict()
+    config.frames = 1
+    config.resolutions = ((64, 64),)  # (height, width) of each bucket
+    config.batch_size = 16  # global
+    config.weight = 1.0  # share of the steps
+    config.fps = 0.0  # 0 = the clip's own
+    config.stride = 1
+    config.update(changes)
+    return config
+
+
+def data(**changes) -> ConfigDict:
+    """Where batches come from (tokenizers/data/settings.py); each entry of ``streams`` is a `stream`."""
+    config = ConfigDict()
+    config.source = (
+        "auto"  # embedded, images, videos, array_record, parquet, tar, captions, auto; "" = embedded unless path
+    )
+    config.path = ""  # file or folder
+    config.held_out = "0.02"  # for evaluation: a fraction of the above, or the path of another set; "" = none
+    config.virtual_camera = False  # make clips from photographs where a stream asks for several frames
+    config.crop = "random"  # random, center
+    config.zoom = (1.0, 1.0)  # range of random enlargement before the crop
+    config.flip = True
+    config.resample = "lanczos"
+    config.workers = 0  # processes that decode; 0 = threads of this one
+    config.read_threads = 2
+    config.prefetch = 4
+    config.streams = ConfigDict()
+    config.update(changes)
+    return config
+
+
+def get_base() -> ConfigDict:
+    """A config with every field that train.py reads, except the fields of the model."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 1000
+    config.precision = "auto"  # float32, bfloat16, auto = bfloat16 on TPU and GPU
+    config.ema_decay = 0.999
+    config.ema_warmup = True
+    config.accumulate = 1  # micro-batches per step
+    config.stop_after_skipped = 20  # steps in a row with a NaN or infinite loss
+    config.compilation_cache = "~/.cache/tokenizers/compiled"
+    config.init_from = placeholder(str)  # a run, saved folder, whose weights are the start
+
+    config.model = ConfigDict({"name": ""})  # a variant or system, then its fields
+    config.optimizer = optimizer()
+
+    config.loss = ConfigDict()
+    config.loss.reconstruction = "l1"
+    config.loss.reconstruction_weight = 1.0
+    config.loss.perceptual = placeholder(str)  # lpips_vgg, lpips_alex; None = no perceptual loss
+    config.loss.perceptual_weight = 1.0
+    config.loss.perceptual_path = ""  # weight file; default: $TOKENIZERS_WEIGHTS
+    config.loss.reduction = "mean"  # mean, logvar
+    config.loss.logvar = 0.0  # start of the learned log-variance
+    config.loss.bottleneck = ConfigDict()  # weight of each loss term the bottleneck returns
+
+    config.discriminator = ConfigDict()
+    config.discriminator.name = placeholder(str)  # patchgan_2d, patchgan_3d; None = no adversarial loss
+    config.discriminator.channels = 64
+    config.discriminator.layers = 3
+    config.discriminator.norm = "batch"  # batch, actnorm, group, none
+    config.discriminator.generator_loss = "hinge"  # hinge, vanilla, non_saturating
+    config.discriminator.discriminator_loss = "hinge"
+    config.discriminator.start = 0  # first step that trains it
+    config.discriminator.generator_start = 0  # first step whose generator sees it
+    config.discriminator.weight = 0.8
+    config.discriminator.adaptive = True  # lambda from the gradients at the decoder's last layer (VQGAN)
+    config.discriminator.adaptive_max = 1e4
+    config.discriminator.factor = 1.0
+    config.discriminator.lecam_weight = 0.0
+    config.discriminator.lecam_decay = 0.999
+    config.discriminator.r1_weight = 0.0
+    config.discriminator.r1_every = 16
+    config.discriminator.fresh_forward = False  # True: the generator runs again, updated, before its turn (VQGAN)
+    config.discriminator.optimizer = optimizer()
+
+    config.data = data()
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "split": "height"})
+    config.distributed = ConfigDict({"mode": "off", "coordinator": "", "processes": 1, "process": 0})
+
+    config.log = ConfigDict({"every": 50, "tensorboard": True, "wandb": placeholder(str), "pictures_every": 1000})
+    config.checkpoint = ConfigDict({"every": 1000, "keep_last": 2, "keep_best": 1})
+    config.evaluation = ConfigDict({"every": 1000, "items": 64, "final_report": True})
+    config.profile = ConfigDict({"start": 0, "steps": 0})  # write a profiler trace of that many steps
+    return config

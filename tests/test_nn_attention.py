@@ -1,0 +1,198 @@
+"""Attention against a plain softmax in float64; causality, windows, streaming, dtypes, sharding."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenizers.nn import posemb
+from tokenizers.nn.attention import Attention, SpatialAttention, TemporalAttention, WindowAttention, attend
+
+# float32 products of up to 8 channels and 24 keys in another order.
+CLOSE = {"atol": 1e-5}
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def init(module, *args):
+    return jax.jit(module.init)(jax.random.key(0), *args)
+
+
+def plain(query, key, value, mask=None, bias=0.0, scale=None):
+    query, key, value = (np.asarray(a, np.float64) for a in (query, key, value))
+    logits = np.einsum("...nhd,...mhd->...hnm", query, key) * (scale or query.shape[-1] ** -0.5) + bias
+    logits = np.where(True if mask is None else mask, logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.einsum("...hnm,...mhd->...nhd", weights / weights.sum(-1, keepdims=True), value)
+
+
+def qkv(*lead, n=5, m=6, heads=2, depth=4):
+    return normal(0, *lead, n, heads, depth), normal(1, *lead, m, heads, depth), normal(2, *lead, m, heads, depth)
+
+
+def test_attend_is_softmax_attention():
+    query, key, value = qkv(3)
+    np.testing.assert_allclose(attend(query, key, value), plain(query, key, value), **CLOSE)
+    bias, mask = normal(3, 2, 5, 6), normal(4, 5, 6) > -1
+    actual = attend(query, key, value, mask=mask, bias=bias, scale=0.3)
+    np.testing.assert_allclose(actual, plain(query, key, value, mask, np.asarray(bias), 0.3), **CLOSE)
+    causal = attend(query, key[:, :5], value[:, :5], is_causal=True)
+    np.testing.assert_allclose(causal, plain(query, key[:, :5], value[:, :5], np.tril(np.ones((5, 5)))), **CLOSE)
+
+
+def test_attend_takes_any_number_of_batch_axes():
+    query, key, value = qkv(2, 3, 2)
+    mask = normal(4, 2, 1, 5, 6) > -1
+    actual = jax.jit(attend)(query, key, value, mask=mask)
+    np.testing.assert_allclose(actual, plain(query, key, value, np.asarray(mask)), **CLOSE)
+
+
+def test_softmax_is_float32_for_half_precision():
+    query, key, value = (a.astype(jnp.bfloat16) for a in qkv(2))
+    y = attend(query * 4, key, value)
+    assert y.dtype == jnp.bfloat16
+    expected = plain(query * 4, key, value)
+    # Weights and result are rounded to 8 bits; logits in bfloat16 would be wrong by several percent.
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.02)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="Did you mean 'cudnn'"):
+        attend(*qkv(1), implementation="cudn")
+    with pytest.raises(ValueError, match="query of shape"):
+        attend(*qkv())
+    with pytest.raises(ValueError, match="num_heads must divide the channels 6; got 4"):
+        Attention(num_heads=4).init(jax.random.key(0), jnp.zeros((1, 3, 6)))
+    with pytest.raises(ValueError, match="Accepted: rms, layer, None"):
+        Attention(qk_norm="group").init(jax.random.key(0), jnp.zeros((1, 3, 6)))
+    with pytest.raises(ValueError, match="must divide height and width"):
+        WindowAttention(window=(2, 3)).init(jax.random.key(0), jnp.zeros((1, 4, 4, 6)))
+
+
+def test_self_and_cross_attention_are_projections_around_attend():
+    x, context = normal(0, 2, 5, 8), normal(1, 2, 6, 4)
+    module = Attention(num_heads=2, features=3)
+    params = init(module, x, context)["params"]
+    dense = {name: lambda a, p=p: np.asarray(a) @ p["kernel"] + p["bias"] for name, p in params.items()}
+    split = {
+        name: dense[name](a).reshape(2, -1, 2, 4)
+        for name, a in zip(("query", "key", "value"), (x, context, context), strict=True)
+    }
+    expected = dense["out"](plain(*split.values()).reshape(2, 5, 8))
+    np.testing.assert_allclose(module.apply({"params": params}, x, context), expected, **CLOSE)
+
+
+def test_the_fused_matrix_is_the_three_side_by_side():
+    x = normal(0, 2, 5, 8)
+    module = Attention(num_heads=2, qkv_bias=False)
+    params = init(module, x)["params"]
+    kernels = [params[name]["kernel"] for name in ("query", "key", "value")]
+    fused = {"qkv": {"kernel": jnp.concatenate(kernels, 1)}, "out": params["out"]}
+    actual = module.clone(fused_qkv=True).apply({"params": fused}, x)
+    np.testing.assert_allclose(actual, module.apply({"params": params}, x), **CLOSE)
+    with pytest.raises(ValueError, match="needs fused_qkv=False"):
+        module.clone(fused_qkv=True).apply({"params": fused}, x, x)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_normalized_queries_ignore_their_scale(kind):
+    x = normal(0, 1, 5, 8)
+    module = Attention(num_heads=2, qk_norm=kind, qkv_bias=False)
+    variables = init(module, x)
+    assert variables["params"]["query_norm"]["scale"].shape == (4,)
+    scaled = jax.tree.map(lambda a: a, variables)
+    scaled["params"]["query"]["kernel"] *= 30
+    np.testing.assert_allclose(module.apply(scaled, x), module.apply(variables, x), atol=1e-4)
+
+
+def test_rotary_self_attention_sees_relative_positions():
+    x = jnp.tile(normal(0, 1, 3, 8), (1, 4, 1))  # period 3
+    rotate = functools.partial(posemb.apply_rotary, angles=posemb.rotary_angles(np.arange(12), 8))
+    module = Attention()
+    variables = init(module, x)
+    without = module.apply(variables, x)
+    np.testing.assert_allclose(without[:, 0], without[:, 3], **CLOSE)
+    assert (
+        np.abs(np.subtract(*module.apply(variables, x, rotate=rotate)[:, np.array([0, 3])].swapaxes(0, 1))).max() > 1e-3
+    )
+
+
+def test_spatial_attention_is_that_of_every_frame():
+    x = normal(0, 2, 3, 4, 2, 8)
+    module = SpatialAttention(num_heads=2)
+    variables = init(module, x)
+    y = module.apply(variables, x)
+    tokens = Attention(num_heads=2).apply(variables, x.reshape(6, 8, 8))
+    np.testing.assert_allclose(y, tokens.reshape(x.shape), **CLOSE)
+    np.testing.assert_allclose(module.apply(variables, x[:, 1]), y[:, 1], **CLOSE)
+
+
+def test_windows_do_not_see_each_other():
+    x = normal(0, 1, 4, 6, 4)
+    module = WindowAttention(window=(2, 3))
+    variables = init(module, x)
+    y = module.apply(variables, x)
+    window = SpatialAttention().apply(variables, x[:, 2:, 3:])
+    np.testing.assert_allclose(y[:, 2:, 3:], window, **CLOSE)
+    np.testing.assert_array_equal(module.apply(variables, x.at[:, :2].add(1.0))[:, 2:], y[:, 2:])
+    biased = module.apply(variables, x, bias=jnp.where(jnp.arange(6) == 0, 0.0, -1e9)[None])
+    np.testing.assert_allclose(biased[:, 2:, 3:], jnp.broadcast_to(biased[:, 2:3, 3:4], (1, 2, 3, 4)), **CLOSE)
+
+
+def test_temporal_attention_is_that_of_every_position():
+    x = normal(0, 2, 5, 2, 3, 8)
+    for causal in (True, False):
+        module = TemporalAttention(num_heads=2, causal=causal)
+        variables = init(module, x)
+        tokens = Attention(num_heads=2).apply(variables, x[:, :, 1, 2], is_causal=causal)
+        np.testing.assert_allclose(module.apply(variables, x)[:, :, 1, 2], tokens, **CLOSE)
+
+
+def rotate_frames(tokens):
+    return posemb.apply_rotary(tokens, posemb.rotary_angles(np.arange(tokens.shape[-3]), 4))
+
+
+@pytest.mark.parametrize("rotate", [None, rotate_frames], ids=["plain", "rotary"])
+def test_causal_temporal_attention_is_causal_and_streams(rotate):
+    x = normal(0, 1, 7, 2, 2, 8)
+    module = TemporalAttention(num_heads=2)
+    variables = init(module, x)
+    whole = module.apply(variables, x, rotate=rotate)
+    np.testing.assert_array_equal(module.apply(variables, x.at[:, 4:].add(1.0), rotate=rotate)[:, :4], whole[:, :4])
+    stream, outputs = {}, []
+    for chunk in (x[:, :1], x[:, 1:4], x[:, 4:]):
+        y, stream = module.apply({**variables, **stream}, chunk, rotate=rotate, mutable="stream")
+        outputs.append(y)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, **CLOSE)
+    with pytest.raises(ValueError, match="cannot stream"):
+        module.clone(causal=False).apply(variables, x, mutable="stream")
+
+
+def test_compute_dtype_is_an_attribute():
+    x = normal(0, 1, 4, 4, 8)
+    y, variables = SpatialAttention(num_heads=2, qk_norm="rms", dtype=jnp.bfloat16).init_with_output(
+        jax.random.key(0), x
+    )
+    assert y.dtype == jnp.bfloat16
+    chex.assert_trees_all_equal_dtypes(variables, jax.tree.map(lambda a: a.astype(jnp.float32), variables))
+
+
+@pytest.mark.parametrize("module", [SpatialAttention(num_heads=2), TemporalAttention(num_heads=2)])
+def test_height_sharding_changes_nothing(module):
+    x = normal(0, 4, 3, 4, 2, 8)
+    variables = init(module, x)
+    expected = module.apply(variables, x)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None, "context"))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(module.apply).lower(variables, jax.device_put(x, sharding)).compile()
+        y = compiled(variables, jax.device_put(x, sharding))
+    assert y.sharding.spec[2] == "context"
+    if isinstance(module, TemporalAttention):
+        assert "all-gather" not in compiled.as_text()
+    np.testing.assert_allclose(y, expected, **CLOSE)

@@ -1,0 +1,81 @@
+"""From a checkpoint and a config to a report: what eval.py does, and train.py at the end of a run."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from .. import api
+from ..data.pipeline import Pipeline
+from ..parallel import mesh as meshes
+from ..parallel import multihost, platform
+from . import report
+from .run import evaluate
+
+
+def evaluate_checkpoint(
+    checkpoint: str | pathlib.Path, config: Mapping[str, Any], out: str | pathlib.Path | None = None
+) -> dict[str, Any]:
+    """Loads a tokenizer, evaluates it, writes the report, prints the table and says where the report is.
+
+    Args:
+      checkpoint: a run of train.py, a folder of `Tokenizer.save`, or an official weight file.
+      config: as in ``configs/eval_default.py``.
+      out: folder of the report; default ``evaluation`` in the run, ``evaluation_<name>`` beside anything else.
+
+    Returns:
+      What `run.evaluate` returns.
+    """
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    multihost.initialize(config["distributed"])
+    platform.enable_compilation_cache(config["compilation_cache"])
+    source = pathlib.Path(checkpoint).expanduser()
+    fields = dict(config["model"])
+    name = fields.pop("name") or None
+    step = None if config["step"] < 0 else config["step"]
+    dtype = platform.compute_dtype(config["precision"])
+    tokenizer = api.load(source, model=name, step=step, **fields).cast(dtype)
+    folder = pathlib.Path(out).expanduser() if out else _default_folder(source)
+    with _data(source, config).batches() as batches:
+        results = evaluate(
+            tokenizer,
+            batches,
+            out_dir=folder,
+            protocol=config["protocol"],
+            metrics=config["metrics"],
+            mesh=meshes.from_config(config["mesh"]),
+            weights={key: path for key, path in config["weights"].items() if path},
+            baseline_items=None if config["baseline_items"] < 0 else config["baseline_items"],
+            preview_items=config["preview_items"],
+            training_log=source / "metrics.jsonl" if (source / "metrics.jsonl").is_file() else None,
+            title=f"Evaluation of {source.name}",
+        )
+    if multihost.is_main():
+        print(report.format_table(results), flush=True)
+        print(f"report: {(folder / 'report.html').resolve()}", flush=True)
+    return results
+
+
+def _default_folder(source: pathlib.Path) -> pathlib.Path:
+    if (source / "config.json").is_file():
+        return source / "evaluation"
+    return source.parent / f"evaluation_{source.stem}"
+
+
+def _data(source: pathlib.Path, config: Mapping[str, Any]) -> Pipeline:
+    """The config's own data, or the held-out split of the run."""
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count(), "split": "held_out"}
+    if config["data"]["source"] or config["data"]["path"]:
+        return Pipeline(config["data"], seed=0, **place)
+    saved = source / "config.json"
+    if not saved.is_file():
+        raise ValueError(
+            f"{source} is not a run of train.py, so it has no held-out data of its own: set --config.data.path=<folder> "
+            "or --config.data.source=embedded."
+        )
+    run = json.loads(saved.read_text())
+    return Pipeline(run["data"], seed=run["seed"], **place)

@@ -1,0 +1,268 @@
+"""Attention: one function that picks the implementation by platform; modules for tokens, space, windows and time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..errors import unknown
+from ..parallel.constrain import CONTEXT_AXIS, constrain
+from .conv import STREAM, streams
+from .norm import LayerNorm, RMSNorm
+
+Array = jax.Array
+Rotate = Callable[[Array], Array]
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> Array:
+    """Softmax attention over `jax.nn.dot_product_attention`; logits and softmax in float32.
+
+    Args:
+      query: ``(..., N, heads, D)`` with one or more leading batch axes, which are never merged, so that sharded ones
+        stay sharded.
+      key, value: ``(..., M, heads, D)``.
+      mask: boolean, true where a query sees a key; broadcasts to ``(B, heads, N, M)``, B the innermost batch axis.
+      bias: added to the logits, broadcasts likewise.
+      is_causal: query i sees keys up to i.
+      scale: of the logits, ``None`` is ``D ** -0.5``.
+      implementation: ``"auto"`` is flash attention by cuDNN on NVIDIA GPUs where it serves the case (16 bit types,
+        D up to 128 and a multiple of 8, no mask or bias, sequence not sharded), and XLA's elsewhere. ``"xla"`` and
+        ``"cudnn"`` pin one.
+
+    Returns:
+      ``(..., N, heads, D)`` in the dtype of ``query``.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise unknown("attention implementation", implementation, IMPLEMENTATIONS)
+    if query.ndim < 4:
+        raise ValueError(f"attend needs (batch, tokens, heads, channels); got a query of shape {query.shape}.")
+    run = functools.partial(_attend, mask=mask, bias=bias, is_causal=is_causal, scale=scale)
+    if implementation == "auto" and _flash_serves(query, key, mask, bias):
+        cudnn, xla = (functools.partial(run, implementation=name) for name in ("cudnn", "xla"))
+        return jax.lax.platform_dependent(query, key, value, cuda=cudnn, default=xla)
+    return run(query, key, value, implementation="xla" if implementation == "auto" else implementation)
+
+
+def _attend(query, key, value, *, mask, bias, is_causal, scale, implementation):
+    mask, bias = (None if a is None else a.reshape((1,) * (4 - a.ndim) + a.shape) for a in (mask, bias))
+    run = functools.partial(
+        jax.nn.dot_product_attention,
+        mask=mask,
+        bias=bias,
+        is_causal=is_causal,
+        scale=scale,
+        implementation=implementation,
+    )
+    for _ in range(query.ndim - 4):
+        run = jax.vmap(run)
+    return run(query, key, value)
+
+
+def _flash_serves(query: Array, key: Array, mask: Array | None, bias: Array | None) -> bool:
+    # The cuDNN branch cannot be traced where there is no cuDNN, so the backend decides first; `platform_dependent` then
+    # keeps programs compiled for another platform right.
+    if jax.default_backend() != "gpu" or mask is not None or bias is not None:
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    context = [axis for axis in mesh.axis_names if axis.startswith(CONTEXT_AXIS)]
+    if any(mesh.shape[axis] > 1 for axis in context):
+        return False  # cuDNN refuses a sharded sequence
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    depth, shortest = query.shape[-1], min(query.shape[-3], key.shape[-3])
+    return half and depth <= 128 and depth % 8 == 0 and shortest >= 64
+
+
+class _Attention(nn.Module):
+    """What the attention modules share.
+
+    Parameters: dense layers ``query``, ``key``, ``value`` (C -> heads * head_dim), or with ``fused_qkv`` one ``qkv``
+    (C -> 3 * heads * head_dim, the three one after the other), ``out`` (-> features), and with ``qk_norm`` the
+    scales of ``query_norm`` and ``key_norm`` over ``head_dim``.
+
+    Attributes:
+      num_heads: number of heads.
+      head_dim: channels per head; ``None`` is C / num_heads.
+      features: output channels; ``None`` is C.
+      qkv_bias, out_bias: biases of the dense layers.
+      qk_norm: ``None``, ``"rms"`` or ``"layer"``: normalizes queries and keys per head.
+      qk_norm_epsilon: its epsilon.
+      fused_qkv: one matrix in place of three.
+      dtype: compute dtype; softmax is float32 whatever it is.
+      implementation: see `attend`.
+    """
+
+    num_heads: int = 1
+    head_dim: int | None = None
+    features: int | None = None
+    qkv_bias: bool = True
+    out_bias: bool = True
+    qk_norm: str | None = None
+    qk_norm_epsilon: float = 1e-6
+    fused_qkv: bool = False
+    dtype: Any = None
+    implementation: str = "auto"
+
+    def project(self, x: Array, context: Array | None = None) -> tuple[Array, Array, Array]:
+        """Queries of ``x``, keys and values of ``context`` (or x), each ``(..., N, heads, head_dim)``."""
+        if self.head_dim is None and x.shape[-1] % self.num_heads:
+            raise ValueError(f"num_heads must divide the channels {x.shape[-1]}; got {self.num_heads}.")
+        head_dim = self.head_dim or x.shape[-1] // self.num_heads
+        width = self.num_heads * head_dim
+        if self.fused_qkv:
+            if context is not None:
+                raise ValueError("fused_qkv=True projects x alone; attention to a context needs fused_qkv=False.")
+            qkv = jnp.split(nn.Dense(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x), 3, axis=-1)
+        else:
+            inputs = {"query": x, "key": x if context is None else context, "value": x if context is None else context}
+            qkv = [
+                nn.Dense(width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(a) for name, a in inputs.items()
+            ]
+        query, key, value = (a.reshape(*a.shape[:-1], self.num_heads, head_dim) for a in qkv)
+        if self.qk_norm is not None:
+            if self.qk_norm not in ("rms", "layer"):
+                raise unknown("qk_norm", self.qk_norm, ("rms", "layer", None))
+            norm = {"rms": RMSNorm, "layer": LayerNorm}[self.qk_norm]
+            query = norm(epsilon=self.qk_norm_epsilon, name="query_norm")(query)
+            key = norm(epsilon=self.qk_norm_epsilon, name="key_norm")(key)
+        return query, key, value
+
+    def merge(self, x: Array, features: int) -> Array:
+        """``(..., N, heads, head_dim)`` -> ``(..., N, features)`` through the dense layer ``out``."""
+        x = x.reshape(*x.shape[:-2], -1)
+        return nn.Dense(self.features or features, use_bias=self.out_bias, dtype=self.dtype, name="out")(x)
+
+    def over_tokens(self, x: Array, context: Array | None, rotate: Rotate | None, **options: Any) -> Array:
+        """Attention over axis -2 of ``(..., N, C)``."""
+        query, key, value = self.project(x, context)
+        if rotate is not None:
+            query, key = rotate(query), rotate(key)
+        y = attend(query, key, value, implementation=self.implementation, **options)
+        return self.merge(y, x.shape[-1])
+
+
+class Attention(_Attention):
+    """Multi-head attention over tokens, https://arxiv.org/abs/1706.03762."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        context: Array | None = None,
+        *,
+        rotate: Rotate | None = None,
+        mask: Array | None = None,
+        bias: Array | None = None,
+        is_causal: bool = False,
+    ) -> Array:  # (b n c) -> (b n d)
+        """Self-attention, or attention to ``context`` ``(B, M, C')``.
+
+        ``rotate`` maps queries and keys ``(..., N, heads, head_dim)`` to the same, e.g. a partial of
+        `posemb.apply_rotary`; ``mask``, ``bias`` and ``is_causal`` are those of `attend`.
+        """
+        return self.over_tokens(x, context, rotate, mask=mask, bias=bias, is_causal=is_causal)
+
+
+class SpatialAttention(_Attention):
+    """Attention over the positions of every frame (or image) alone, row by row. Causal in time."""
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, rotate: Rotate | None = None, mask: Array | None = None, bias: Array | None = None
+    ) -> Array:  # (b [t] h w c) -> (b [t] h w d)
+        *lead, h, w, c = x.shape
+        y = self.over_tokens(x.reshape(*lead, h * w, c), None, rotate, mask=mask, bias=bias)
+        return constrain_grid(y.reshape(*lead, h, w, -1))
+
+
+class WindowAttention(_Attention):
+    """Attention inside windows of every frame (or image), https://arxiv.org/abs/2103.14030 without the shift.
+
+    Attributes:
+      window: height and width of a window; they must divide those of the input.
+    """
+
+    window: tuple[int, int] = (8, 8)
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, rotate: Rotate | None = None, mask: Array | None = None, bias: Array | None = None
+    ) -> Array:  # (b [t] h w c) -> (b [t] h w d)
+        """``mask`` and ``bias`` broadcast to ``(windows, heads, N, N)``, N = positions of one window, row by row."""
+        *lead, h, w, c = x.shape
+        wh, ww = self.window
+        if h % wh or w % ww:
+            raise ValueError(f"window {self.window} must divide height and width of an input of shape {x.shape}.")
+        n = len(lead)
+        x = x.reshape(*lead, h // wh, wh, w // ww, ww, c)
+        x = x.swapaxes(n + 1, n + 2).reshape(*lead, (h // wh) * (w // ww), wh * ww, c)
+        y = self.over_tokens(x, None, rotate, mask=mask, bias=bias)
+        y = y.reshape(*lead, h // wh, w // ww, wh, ww, -1).swapaxes(n + 1, n + 2)
+        return constrain_grid(y.reshape(*lead, h, w, -1))
+
+
+class TemporalAttention(_Attention):
+    """Attention over the frames at every position alone.
+
+    When the collection ``stream`` is mutable and ``causal`` holds, keys and values of earlier chunks are kept in it
+    (they grow with the clip), so that chunks give what the whole clip gives.
+
+    Attributes:
+      causal: frame t sees frames up to t.
+    """
+
+    causal: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, *, rotate: Rotate | None = None) -> Array:  # (b t h w c) -> (b t h w d)
+        """``rotate`` must take any number of frames when streaming: it gets the queries and keys from frame 0 on."""
+        b, t, h, w, c = x.shape
+        query, key, value = self.project(jnp.moveaxis(x, 1, 3).reshape(b, h * w, t, c))
+        query, key, value = self._with_history(query, key, value)
+        if rotate is not None:
+            query, key = rotate(query), rotate(key)
+        query = query[..., -t:, :, :]
+        mask = None
+        if self.causal and key.shape[-3] > t:
+            mask = jnp.tril(jnp.ones((t, key.shape[-3]), jnp.bool_), key.shape[-3] - t)
+        is_causal = self.causal and mask is None
+        y = attend(query, key, value, mask=mask, is_causal=is_causal, implementation=self.implementation)
+        y = self.merge(y, c)
+        return constrain_grid(jnp.moveaxis(y.reshape(b, h, w, t, -1), 3, 1))
+
+    def _with_history(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+        stored = self.has_variable(STREAM, "key")
+        if (stored or streams(self)) and not self.causal:
+            raise ValueError("TemporalAttention with causal=False sees the whole clip and cannot stream.")
+        if stored:
+            past_key, past_value = self.get_variable(STREAM, "key"), self.get_variable(STREAM, "value")
+            key = jnp.concatenate([past_key.astype(key.dtype), key], axis=-3)
+            value = jnp.concatenate([past_value.astype(value.dtype), value], axis=-3)
+            # Only the last queries are read; the ones in front give `rotate` the right positions.
+            query = jnp.concatenate([jnp.zeros_like(past_key, query.dtype), query], axis=-3)
+        if streams(self):
+            self.put_variable(STREAM, "key", key)
+            self.put_variable(STREAM, "value", value)
+        return query, key, value
+
+
+def constrain_grid(x: Array) -> Array:
+    """`constrain` for ``(B, T, H, W, C)`` and ``(B, H, W, C)``: flattening to tokens loses the spatial sharding."""
+    names = ("batch", "time", "height", "width", "channel")
+    return constrain(x, *(names if x.ndim == 5 else names[:1] + names[2:]))

@@ -1,0 +1,427 @@
+"""Convolutions, channels last: one function that picks the lowering by platform, and the modules built on it.
+
+The causal scheme (all time padding in front) is that of MAGVIT-v2, https://arxiv.org/abs/2310.05737, section 3.2.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import promote_dtype
+
+from ..errors import pick, unknown
+
+Array = jax.Array
+Padding = str | int | Sequence[int | tuple[int, int]]
+
+LOWERINGS = ("auto", "native")
+PADDING_MODES = {"zeros": "constant", "replicate": "edge", "reflect": "reflect", "circular": "wrap"}
+STREAM = "stream"
+
+_DIMENSIONS = {4: ("NHWC", "HWIO", "NHWC"), 5: ("NDHWC", "DHWIO", "NDHWC")}
+
+
+def convolve(
+    x: Array,
+    kernel: Array,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    lowering: str = "auto",
+) -> Array:
+    """The one 2D / 3D convolution (cross-correlation, zero padding).
+
+    Args:
+      x: ``(B, H, W, C)`` or ``(B, T, H, W, C)``.
+      kernel: ``(kh, kw, C / groups, D)`` or ``(kt, kh, kw, C / groups, D)``, of the dtype of ``x``.
+      strides: one number or one per spatial axis.
+      padding: ``"SAME"`` (sizes divide by the stride, rounding up; an odd element goes after), ``"VALID"``, or one
+        number or ``(before, after)`` pair per spatial axis.
+      dilation: of the kernel, one number or one per spatial axis.
+      groups: feature groups.
+      lowering: ``"auto"`` rewrites 3D convolutions as 2D ones when compiled for a CPU, where XLA's own 3D convolution
+        is 1.5 to 3 times slower (`benchmarks/conv_lowering.py`), and uses XLA's own elsewhere; ``"native"`` is always
+        XLA's own, one convolution in the program (exports for several platforms, tests that count collectives).
+
+    Returns:
+      ``(B, [T',] H', W', D)`` in the dtype of ``x``.
+    """
+    if lowering not in LOWERINGS:
+        raise unknown("convolution lowering", lowering, LOWERINGS)
+    if x.ndim not in _DIMENSIONS or kernel.ndim != x.ndim:
+        raise ValueError(f"convolve needs x and kernel of the same rank, 4 or 5; got shapes {x.shape}, {kernel.shape}.")
+    rank = x.ndim - 2
+    strides, dilation = per_axis(strides, rank, "strides"), per_axis(dilation, rank, "dilation")
+    pads = padding_pairs(padding, x.shape[1:-1], kernel.shape[:-2], strides, dilation)
+    return _convolve(x, kernel, strides=strides, pads=pads, dilation=dilation, groups=groups, lowering=lowering)
+
+
+# The jit gives calls outside of any jit a cache (every call would compile its two branches anew); inside another jit
+# it leaves no trace.
+@functools.partial(jax.jit, static_argnames=("strides", "pads", "dilation", "groups", "lowering"), inline=True)
+def _convolve(x, kernel, *, strides, pads, dilation, groups, lowering):
+    native = functools.partial(_native, strides=strides, pads=pads, dilation=dilation, groups=groups)
+    lowered = _cpu_lowering(kernel.shape, groups) if lowering == "auto" else None
+    if lowered is None:
+        return native(x, kernel)
+    lowered = functools.partial(_in_float32, functools.partial(lowered, strides=strides, pads=pads, dilation=dilation))
+    return jax.lax.platform_dependent(x, kernel, cpu=lowered, default=native)
+
+
+def _native(x, kernel, *, strides, pads, dilation, groups=1):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        pads,
+        rhs_dilation=dilation,
+        dimension_numbers=_DIMENSIONS[x.ndim],
+        feature_group_count=groups,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- lowerings for the CPU
+
+
+def _cpu_lowering(kernel_shape: tuple[int, ...], groups: int) -> Callable | None:
+    """The fastest rewriting measured for a 3D kernel, ``None`` where XLA's own convolution is as good."""
+    if len(kernel_shape) != 5 or groups != 1 or all(size == 1 for size in kernel_shape[:3]):
+        return None
+    kt, kh, kw, inputs, outputs = kernel_shape
+    if kt == 1:
+        return _fold_time
+    if kh == kw == 1:
+        # The matrix product has the faster gradient; for few channels the convolution is 2 times faster forward.
+        return _matmul_taps if inputs >= 512 else _flatten_space
+    if outputs * 4 <= inputs:
+        return _shift_add
+    return _concat_taps if inputs < 32 else _sum_taps
+
+
+def _in_float32(lowered, x, kernel):
+    # Partial sums of 16 bit numbers would be rounded once per tap; the CPU computes them in float32 in any case.
+    if jnp.finfo(x.dtype).bits >= 32:
+        return lowered(x, kernel)
+    return lowered(x.astype(jnp.float32), kernel.astype(jnp.float32)).astype(x.dtype)
+
+
+def _frames(x, kernel, strides, pads, dilation):
+    """A 2D convolution of every frame: x (B, T, H, W, C), kernel (kh, kw, C, D)."""
+    b, t = x.shape[:2]
+    y = _native(x.reshape(b * t, *x.shape[2:]), kernel, strides=strides[1:], pads=pads[1:], dilation=dilation[1:])
+    return y.reshape(b, t, *y.shape[1:])
+
+
+def _pad_time(x, pads):
+    return jnp.pad(x, ((0, 0), pads[0], *((0, 0),) * (x.ndim - 2))) if any(pads[0]) else x
+
+
+def _taps(x, kt, strides, dilation):
+    """The kt time-shifted, time-strided views of x (already padded), each with one frame per output frame."""
+    count = max((x.shape[1] - (kt - 1) * dilation[0] - 1) // strides[0] + 1, 0)
+    starts = [tap * dilation[0] for tap in range(kt)]
+    return [x[:, start : start + max((count - 1) * strides[0] + 1, 0) : strides[0]] for start in starts]
+
+
+def _fold_time(x, kernel, *, strides, pads, dilation):
+    return _frames(_pad_time(x, pads)[:, :: strides[0]], kernel[0], strides, pads, dilation)
+
+
+def _sum_taps(x, kernel, *, strides, pads, dilation):
+    taps = _taps(_pad_time(x, pads), kernel.shape[0], strides, dilation)
+    return sum(_frames(frames, k, strides, pads, dilation) for frames, k in zip(taps, kernel, strict=True))
+
+
+def _concat_taps(x, kernel, *, strides, pads, dilation):
+    kt, kh, kw, inputs, outputs = kernel.shape
+    stacked = jnp.concatenate(_taps(_pad_time(x, pads), kt, strides, dilation), axis=-1)
+    kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, kt * inputs, outputs)
+    return _frames(stacked, kernel, strides, pads, dilation)
+
+
+def _shift_add(x, kernel, *, strides, pads, dilation):
+    kt, kh, kw, inputs, outputs = kernel.shape
+    kernel = kernel.transpose(1, 2, 3, 0, 4).reshape(kh, kw, inputs, kt * outputs)
+    products = _pad_time(_frames(x, kernel, strides, pads, dilation), pads)
+    taps = _taps(products, kt, strides, dilation)
+    return sum(tap[..., i * outputs : (i + 1) * outputs] for i, tap in enumerate(taps))
+
+
+def _flatten_space(x, kernel, *, strides, pads, dilation):
+    x = _resample_space(x, strides, pads)
+    b, t, h, w, c = x.shape
+    y = _native(
+        x.reshape(b, t, h * w, c),
+        kernel[:, 0],
+        strides=(strides[0], 1),
+        pads=(pads[0], (0, 0)),
+        dilation=(dilation[0], 1),
+    )
+    return y.reshape(b, y.shape[1], h, w, y.shape[-1])
+
+
+def _matmul_taps(x, kernel, *, strides, pads, dilation):
+    x = _resample_space(x, strides, pads)
+    stacked = jnp.concatenate(_taps(_pad_time(x, pads), kernel.shape[0], strides, dilation), axis=-1)
+    return stacked @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _resample_space(x, strides, pads):
+    """What padding and strides mean to a kernel of height and width one."""
+    x = jnp.pad(x, ((0, 0), (0, 0), *pads[1:], (0, 0))) if any(map(any, pads[1:])) else x
+    return x[:, :, :: strides[1], :: strides[2]]
+
+
+# ------------------------------------------------------------------------------------------------------------ padding
+
+
+def per_axis(value: int | Sequence[int], rank: int, what: str) -> tuple[int, ...]:
+    """One number for all axes, or one per axis, as a tuple of ``rank`` numbers."""
+    values = (value,) * rank if isinstance(value, (int, np.integer)) else tuple(value)
+    if len(values) != rank or min(values) < 1:
+        raise ValueError(f"{what} must be one positive number or {rank} of them; got {value!r}.")
+    return tuple(int(v) for v in values)
+
+
+def padding_pairs(
+    padding: Padding,
+    sizes: Sequence[int],
+    kernel_size: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[tuple[int, int], ...]:
+    """``padding`` (see `convolve`) as one ``(before, after)`` pair per spatial axis."""
+    rank = len(sizes)
+    if isinstance(padding, str):
+        if padding.upper() not in ("SAME", "VALID"):
+            raise unknown("padding", padding, ("SAME", "VALID", "one number or (before, after) pair per axis"))
+        extent = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+        pads = jax.lax.padtype_to_pads(tuple(sizes), extent, tuple(strides), padding.upper())
+    elif isinstance(padding, (int, np.integer)):
+        pads = [(padding, padding)] * rank
+    else:
+        pads = [(p, p) if isinstance(p, (int, np.integer)) else tuple(p) for p in padding]
+        if len(pads) != rank or any(len(p) != 2 for p in pads):
+            raise ValueError(f"padding must be one number or {rank} numbers or (before, after) pairs; got {padding!r}.")
+    return tuple((int(before), int(after)) for before, after in pads)
+
+
+def pad_space(x: Array, pads: Sequence[tuple[int, int]], mode: str) -> Array:
+    """Pads the last axes but the channels: ``len(pads)`` of them, in one of `PADDING_MODES`."""
+    name = pick("padding mode", mode, PADDING_MODES)
+    if not any(map(any, pads)):
+        return x
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1 - len(pads)) + tuple(pads) + ((0, 0),), mode=name)
+
+
+# ---------------------------------------------------------------------------------------------------------- streaming
+
+
+def streams(module: nn.Module) -> bool:
+    """Whether this call leaves history for the next chunk: the collection ``stream`` is mutable, and it is no init."""
+    return module.is_mutable_collection(STREAM) and not module.is_initializing()
+
+
+def starts_clip(module: nn.Module) -> bool:
+    """Whether this call sees the start of a clip; when streaming, remembers that the next one does not.
+
+    For modules that treat the first frame apart but need no earlier frames. Static: it is the presence of a variable.
+    """
+    started = module.has_variable(STREAM, "started")
+    if not started and streams(module):
+        module.put_variable(STREAM, "started", jnp.zeros((), jnp.bool_))
+    return not started
+
+
+# ------------------------------------------------------------------------------------------------------------ modules
+
+
+class _Conv(nn.Module):
+    """What the convolution modules share: fields, parameters, bias.
+
+    Attributes:
+      features: output channels.
+      kernel_size: one number or one per axis.
+      strides: one number or one per axis.
+      padding: see `convolve`; for `CausalConv3d` of height and width only.
+      padding_mode: what the padding is filled with: ``zeros``, ``replicate``, ``reflect`` or ``circular``.
+      dilation: one number or one per axis.
+      groups: feature groups.
+      use_bias: adds ``bias`` ``(D,)``.
+      dtype: compute dtype; ``None`` promotes input and (float32) parameters together.
+      lowering: see `convolve`.
+    """
+
+    features: int
+    kernel_size: int | tuple[int, ...] = 3
+    strides: int | tuple[int, ...] = 1
+    padding: Padding = "SAME"
+    padding_mode: str = "zeros"
+    dilation: int | tuple[int, ...] = 1
+    groups: int = 1
+    use_bias: bool = True
+    dtype: Any = None
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    bias_init: Callable = nn.initializers.zeros_init()
+    lowering: str = "auto"
+
+    def geometry(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Kernel size, strides and dilation with one number per axis."""
+        names = ("kernel_size", "strides", "dilation")
+        return tuple(per_axis(getattr(self, name), rank, name) for name in names)
+
+    def parameters(self, x: Array, kernel_size: tuple[int, ...]) -> tuple[Array, Array, Array | None]:
+        """Input, kernel ``(*kernel_size, C / groups, D)`` and bias ``(D,)`` or None, in the compute dtype."""
+        inputs = x.shape[-1]
+        if inputs % self.groups or self.features % self.groups:
+            raise ValueError(f"groups {self.groups} must divide the channels {inputs} and {self.features}.")
+        shape = (*kernel_size, inputs // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
+        return promote_dtype(x, kernel, bias, dtype=self.dtype)
+
+    def apply_kernel(self, x: Array, kernel: Array, bias: Array | None, pads: Sequence[tuple[int, int]]) -> Array:
+        """Pads in the module's mode, convolves, adds the bias."""
+        _, strides, dilation = self.geometry(x.ndim - 2)
+        if self.padding_mode != "zeros":
+            x, pads = pad_space(x, pads, self.padding_mode), ((0, 0),) * len(pads)
+        y = convolve(
+            x, kernel, strides=strides, padding=pads, dilation=dilation, groups=self.groups, lowering=self.lowering
+        )
+        return y if bias is None else y + bias
+
+
+class Conv2d(_Conv):
+    """2D convolution of every image or frame. Parameters ``kernel`` (kh, kw, C, D) and ``bias`` (D,), float32."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # (..., h w c) -> (..., h' w' d)
+        kernel_size, strides, dilation = self.geometry(2)
+        leading = x.shape[:-3]
+        x, kernel, bias = self.parameters(x, kernel_size)
+        pads = padding_pairs(self.padding, x.shape[-3:-1], kernel_size, strides, dilation)
+        y = self.apply_kernel(x.reshape(-1, *x.shape[-3:]), kernel, bias, pads)
+        return y.reshape(*leading, *y.shape[1:])
+
+
+class Conv3d(_Conv):
+    """3D convolution, not causal. Parameters ``kernel`` (kt, kh, kw, C, D) and ``bias`` (D,), float32."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # (b t h w c) -> (b t' h' w' d)
+        kernel_size, strides, dilation = self.geometry(3)
+        x, kernel, bias = self.parameters(x, kernel_size)
+        pads = padding_pairs(self.padding, x.shape[1:-1], kernel_size, strides, dilation)
+        return self.apply_kernel(x, kernel, bias, pads)
+
+
+class CausalConv3d(_Conv):
+    """3D convolution whose time axis is padded in front only. Parameters as `Conv3d`.
+
+    ``padding`` and ``padding_mode`` are those of height and width.
+
+    Streaming: when the collection ``stream`` is mutable, the module leaves in it the input frames that later outputs
+    still need, and puts those of the previous call in front of its input. So a clip cut in chunks,
+    ``y, stream = module.apply(params | stream, chunk, mutable="stream")``, gives what the whole clip gives. A call
+    without history is the start of a clip.
+
+    Attributes:
+      time_mode: ``replicate`` puts copies of the first frame in front, ``zeros`` puts zeros.
+      time_padding: how many; ``None`` is ``(kt - 1) * dilation``, so that output ``j`` ends at input ``j * stride``.
+    """
+
+    time_mode: str = "replicate"
+    time_padding: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # (b t h w c) -> (b t' h' w' d)
+        if self.time_mode not in ("zeros", "replicate"):
+            raise unknown("time padding mode", self.time_mode, ("zeros", "replicate"))
+        kernel_size, strides, dilation = self.geometry(3)
+        x, kernel, bias = self.parameters(x, kernel_size)
+        pads = padding_pairs(self.padding, x.shape[2:-1], kernel_size[1:], strides[1:], dilation[1:])
+        extent = (kernel_size[0] - 1) * dilation[0] + 1
+        front = extent - 1 if self.time_padding is None else self.time_padding
+        history = self.get_variable(STREAM, "history") if self.has_variable(STREAM, "history") else None
+        alone = history is None and not streams(self)
+        if alone and x.shape[1] == 1 and front == extent - 1:
+            # An image: every tap sees the same frame (or zeros), so one 2D convolution does.
+            kernel = kernel.sum(0, keepdims=True) if self.time_mode == "replicate" else kernel[-1:]
+            return self.apply_kernel(x, kernel, bias, ((0, 0), *pads))
+        if alone and self.time_mode == self.padding_mode == "zeros":
+            return self.apply_kernel(x, kernel, bias, ((front, 0), *pads))
+        if history is None:
+            first = x[:, :1] if self.time_mode == "replicate" else jnp.zeros_like(x[:, :1])
+            history = jnp.repeat(first, front, axis=1)
+        x = jnp.concatenate([history.astype(x.dtype), x], axis=1)
+        self._keep(x, extent, strides[0])
+        return self.apply_kernel(x, kernel, bias, ((0, 0), *pads))
+
+    def _keep(self, x: Array, extent: int, stride: int) -> None:
+        if not streams(self):
+            return
+        used = max((x.shape[1] - extent) // stride + 1, 0) * stride
+        if used == 0 or used > x.shape[1]:
+            raise ValueError(
+                f"a chunk of {x.shape[1]} frames (history included) does not fit a temporal kernel of extent {extent} "
+                f"and stride {stride}: it must hold at least {extent} frames, and whole strides."
+            )
+        self.put_variable(STREAM, "history", x[:, used:])
+
+
+class FactorizedConv3d(nn.Module):
+    """A ``(1, k, k)`` convolution ``spatial`` followed by a ``(kt, 1, 1)`` convolution ``temporal``, nothing between.
+
+    Attributes:
+      kernel_size, strides: one number or one for (time, height, width).
+      padding, padding_mode: of height and width.
+      causal: the temporal one is a `CausalConv3d`, else a `Conv3d` with ``SAME`` padding.
+      middle_features: channels between the two; ``None`` is ``features``.
+      time_mode: time padding, see `CausalConv3d`; without ``causal``, one of `PADDING_MODES`.
+    """
+
+    features: int
+    kernel_size: int | tuple[int, ...] = 3
+    strides: int | tuple[int, ...] = 1
+    padding: Padding = "SAME"
+    padding_mode: str = "zeros"
+    causal: bool = True
+    middle_features: int | None = None
+    time_mode: str = "replicate"
+    time_padding: int | None = None
+    use_bias: bool = True
+    dtype: Any = None
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    bias_init: Callable = nn.initializers.zeros_init()
+    lowering: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # (b t h w c) -> (b t' h' w' d)
+        kt, kh, kw = per_axis(self.kernel_size, 3, "kernel_size")
+        st, sh, sw = per_axis(self.strides, 3, "strides")
+        names = ("use_bias", "dtype", "kernel_init", "bias_init", "lowering")
+        shared = {name: getattr(self, name) for name in names}
+        pads = padding_pairs(self.padding, x.shape[2:-1], (kh, kw), (sh, sw), (1, 1))
+        x = Conv3d(
+            self.middle_features or self.features,
+            (1, kh, kw),
+            (1, sh, sw),
+            padding=((0, 0), *pads),
+            padding_mode=self.padding_mode,
+            name="spatial",
+            **shared,
+        )(x)
+        if self.causal:
+            shared |= {"time_mode": self.time_mode, "time_padding": self.time_padding}
+            return CausalConv3d(self.features, (kt, 1, 1), (st, 1, 1), name="temporal", **shared)(x)
+        if self.time_padding is not None:
+            raise ValueError("time_padding belongs to causal=True; got causal=False.")
+        return Conv3d(self.features, (kt, 1, 1), (st, 1, 1), padding_mode=self.time_mode, name="temporal", **shared)(x)

@@ -1,0 +1,107 @@
+"""Statistics of a codebook that follows its inputs: moving averages, k-means, restart of dead codes. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .gradients import unit_norm
+from .nearest import nearest
+
+Array = jax.Array
+# (key, rows (N, D), count) -> (count, D): which inputs become codes.
+RowPicker = Callable[[Array, Array, int], Array]
+
+
+class CodebookState(NamedTuple):
+    """Attributes: codes ``(K, D)``, cluster_size ``(K,)`` and embed_avg ``(K, D)``: averages of counts and of sums."""
+
+    codes: Array
+    cluster_size: Array
+    embed_avg: Array
+
+
+def assignment_sums(rows: Array, indices: Array, codebook_size: int) -> tuple[Array, Array]:
+    """How many rows each code got, and their sum: rows ``(N, D)``, indices ``(N,)`` -> float32 ``(K,)``, ``(K, D)``."""
+    counts = jax.ops.segment_sum(jnp.ones(rows.shape[0], jnp.float32), indices, codebook_size)
+    return counts, jax.ops.segment_sum(rows, indices, codebook_size)
+
+
+def smoothed_mean(cluster_size: Array, embed_avg: Array, epsilon: float, distance: str) -> Array:
+    """Codes ``(K, D)``: sums over Laplace-smoothed counts; unit vectors for the cosine distance."""
+    total = jnp.sum(cluster_size)
+    smoothed = (cluster_size + epsilon) / (total + cluster_size.shape[0] * epsilon) * total
+    return to_metric(embed_avg / smoothed[:, None], distance)
+
+
+def moving_average(
+    state: CodebookState, rows: Array, indices: Array, decay: float, epsilon: float, distance: str
+) -> CodebookState:
+    """One update (van den Oord et al., https://arxiv.org/abs/1711.00937, appendix A.1, without bias correction)."""
+    counts, sums = assignment_sums(rows, indices, state.codes.shape[0])
+    cluster_size = decay * state.cluster_size + (1.0 - decay) * counts
+    embed_avg = decay * state.embed_avg + (1.0 - decay) * sums
+    return CodebookState(smoothed_mean(cluster_size, embed_avg, epsilon, distance), cluster_size, embed_avg)
+
+
+def restart_dead_codes(
+    state: CodebookState, rows: Array, key: Array, threshold: float, pick_rows: RowPicker
+) -> CodebookState:
+    """Codes whose average count is below the threshold become inputs, with the threshold as their count.
+
+    The j-th dead code gets the j-th picked row (Zeghidour et al., https://arxiv.org/abs/2107.03312, section 3.3).
+    """
+    dead = state.cluster_size < threshold
+
+    def restart(state: CodebookState) -> CodebookState:
+        picked = pick_rows(key, rows, dead.shape[0])[jnp.cumsum(dead) - 1]
+        return CodebookState(
+            jnp.where(dead[:, None], picked, state.codes),
+            jnp.where(dead, threshold, state.cluster_size),
+            jnp.where(dead[:, None], picked * threshold, state.embed_avg),
+        )
+
+    return jax.lax.cond(jnp.any(dead), restart, lambda state: state, state)
+
+
+def kmeans(rows: Array, means: Array, iterations: int, distance: str) -> tuple[Array, Array]:
+    """Lloyd's algorithm: rows ``(N, D)``, initial means ``(K, D)`` -> means and counts ``(K,)`` of the last assignment.
+
+    A cluster without rows keeps its mean. With the cosine distance rows and means are unit vectors.
+    """
+
+    def iterate(_, means_and_counts):
+        means, _ = means_and_counts
+        counts, sums = assignment_sums(rows, nearest(rows, means, distance), means.shape[0])
+        moved = to_metric(sums / jnp.maximum(counts, 1.0)[:, None], distance)
+        return jnp.where(counts[:, None] > 0, moved, means), counts
+
+    return jax.lax.fori_loop(0, iterations, iterate, (means, jnp.zeros(means.shape[0], jnp.float32)))
+
+
+def kmeans_state(
+    rows: Array, key: Array, codebook_size: int, iterations: int, epsilon: float, distance: str, pick_rows: RowPicker
+) -> CodebookState:
+    """A codebook whose codes and averages are those of a k-means clustering of the rows ``(N, D)``."""
+    means, counts = kmeans(rows, pick_rows(key, rows, codebook_size), iterations, distance)
+    embed_avg = means * counts[:, None]
+    return CodebookState(smoothed_mean(counts, embed_avg, epsilon, distance), counts, embed_avg)
+
+
+def to_metric(x: Array, distance: str) -> Array:
+    """The vectors that a distance compares: unit vectors for ``cosine``, ``x`` itself for ``euclidean``."""
+    return unit_norm(x) if distance == "cosine" else x
+
+
+def random_rows(key: Array, rows: Array, count: int) -> Array:
+    """``count`` rows in random order, none twice before all were used: ``(N, D) -> (count, D)``."""
+    order = jax.random.permutation(key, rows.shape[0])
+    return rows[order[jnp.arange(count) % rows.shape[0]]]
+
+
+def first_rows(key: Array, rows: Array, count: int) -> Array:
+    """The first ``count`` rows, from the beginning again when there are fewer. Ignores the key: for reproductions."""
+    return rows[jnp.arange(count) % rows.shape[0]]

@@ -1,0 +1,115 @@
+"""Lookup-free quantization (MAGVIT-v2, Yu et al., https://arxiv.org/abs/2310.05737): the sign of every channel."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import errors
+from ..types import Encoding
+from .entropy import FORMS, code_entropies
+from .gradients import straight_through
+
+Array = jax.Array
+
+# Weight of channel d of D in the index. "little": channel 0 is the least significant bit (Open-MAGVIT2);
+# "big": it is the most significant one (vector-quantize-pytorch, BSQ).
+BIT_ORDERS = {"little": lambda bits: 2 ** np.arange(bits), "big": lambda bits: 2 ** np.arange(bits)[::-1]}
+
+
+class LFQ(nn.Module):
+    """Quantizes ``z (..., D)`` to the corners of a cube: ``+scale`` where z > 0, else ``-scale``. No parameters.
+
+    Returns ``commitment`` = mean((z - sg(codes))^2) always, and while training ``entropy_sample`` and
+    ``entropy_codebook`` (weights w and -w * gamma). Open-MAGVIT2's index of two factors of a and b bits is
+    ``(index % 2**a, index // 2**a)`` in its little bit order. Several codebooks that share their statistics are an axis
+    before the last. Spherical codes (BSQ) are ``scale = D**-0.5`` on unit vectors.
+
+    Attributes:
+      bits: D; the codebook size is 2^D.
+      bit_order: ``little`` or ``big``, see `BIT_ORDERS`.
+      scale: magnitude of the codes.
+      entropy: form of the entropy terms (``entropy.FORMS``): ``smoothed`` for MAGVIT and Open-MAGVIT2, ``clamped`` for
+        vector-quantize-pytorch; None leaves them out.
+      inverse_temperature: of the entropy terms; 100 in every release.
+      entropy_chunk_size: positions of the global batch handled at once by the entropy terms.
+      entropy_group_bits: take the entropies over groups of that many channels and add them up (BSQ, equation 9), which
+        costs D / g * 2^g codes in place of 2^D; the default is one group. The sample term is the same but for the 1e-5.
+    """
+
+    bits: int
+    bit_order: str = "little"
+    scale: float = 1.0
+    entropy: str | None = "smoothed"
+    inverse_temperature: float = 100.0
+    entropy_chunk_size: int = 256
+    entropy_group_bits: int | None = None
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= 30:
+            raise ValueError(f"LFQ takes 1 to 30 bits (int32 indices), got {self.bits}.")
+        errors.pick("bit order", self.bit_order, BIT_ORDERS)
+        if self.entropy is not None:
+            errors.pick("entropy form", self.entropy, FORMS)
+        group = self.entropy_group_bits
+        if group is not None and (group < 1 or self.bits % group):
+            raise ValueError(f"entropy_group_bits must divide the {self.bits} bits, got {group}.")
+        super().__post_init__()
+
+    @property
+    def codebook_size(self) -> int:
+        """2^bits."""
+        return 2**self.bits
+
+    def input_channels(self, latent_channels: int) -> int:
+        """Channels of ``z`` for codes of that many channels."""
+        if latent_channels != self.bits:
+            raise ValueError(f"LFQ with bits={self.bits} makes {self.bits} channels, not {latent_channels}.")
+        return latent_channels
+
+    def __call__(self, z: Array, train: bool = False) -> Encoding:
+        """Quantizes ``z (..., D)``, any float dtype and range -> float32 codes +-scale and int32 indices ``(...)``."""
+        self._check(z.shape)
+        z = z.astype(jnp.float32)
+        codes = jnp.where(z > 0, self.scale, -self.scale).astype(jnp.float32)
+        losses = {"commitment": jnp.mean(jnp.square(z - codes))}
+        if self.entropy is not None and train:
+            losses["entropy_sample"], losses["entropy_codebook"] = self._entropies(z)
+        return Encoding(latents=straight_through(z, codes), indices=self.codes_to_indices(codes), losses=losses)
+
+    def indices_to_codes(self, indices: Array) -> Array:
+        """int ``(...)`` in [0, 2^D) -> float32 codes ``(..., D)`` of +-scale."""
+        return self._corners(indices, self.bits)
+
+    def codes_to_indices(self, codes: Array) -> Array:
+        """Codes ``(..., D)`` -> int32 ``(...)``; only the signs count. The inverse of `indices_to_codes`."""
+        self._check(codes.shape)
+        return jnp.sum((codes > 0).astype(jnp.int32) * self._basis(self.bits), axis=-1)
+
+    def _entropies(self, z: Array) -> tuple[Array, Array]:
+        group = self.entropy_group_bits or self.bits
+        codebook = self._corners(jnp.arange(2**group, dtype=jnp.int32), group)
+        scale = 2.0 * self.inverse_temperature
+        terms = [
+            code_entropies(z[..., first : first + group], codebook, scale, self.entropy, self.entropy_chunk_size)
+            for first in range(0, self.bits, group)
+        ]
+        return sum(sample for sample, _ in terms), sum(mean for _, mean in terms)
+
+    def _basis(self, bits: int) -> np.ndarray:
+        return BIT_ORDERS[self.bit_order](bits).astype(np.int32)
+
+    def _corners(self, indices: Array, bits: int) -> Array:
+        ones = (indices[..., None] // self._basis(bits)) % 2
+        return (2.0 * ones.astype(jnp.float32) - 1.0) * self.scale
+
+    def _check(self, shape: tuple[int, ...]):
+        if shape[-1] != self.bits:
+            raise ValueError(f"LFQ with {self.bits} bits needs {self.bits} channels, got shape {shape}.")
+
+
+def soft_clamp(z: Array, limit: float) -> Array:
+    """``tanh(z / limit) * limit``: keeps what LFQ sees inside (-limit, limit). For use before the quantizer."""
+    return jnp.tanh(z / limit) * limit

@@ -1,0 +1,185 @@
+"""Vector quantization with a learned or a moving-average codebook (VQ-VAE, https://arxiv.org/abs/1711.00937)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .. import errors
+from ..types import Encoding
+from .codebook import (
+    CodebookState,
+    RowPicker,
+    kmeans_state,
+    moving_average,
+    random_rows,
+    restart_dead_codes,
+    to_metric,
+)
+from .gradients import ESTIMATORS
+from .nearest import DISTANCES, nearest
+
+Array = jax.Array
+UPDATES = ("gradient", "ema")
+_EMA_FIELDS = (
+    "decay",
+    "epsilon",
+    "initial_cluster_size",
+    "dead_code_threshold",
+    "kmeans_iterations",
+    "pick_rows",
+)
+
+
+def uniform_codebook(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
+    """Uniform in +-1/K for a table ``(K, D)``: the initial codebook of VQ-VAE and VQGAN."""
+    return jax.random.uniform(key, shape, dtype, -1.0 / shape[0], 1.0 / shape[0])
+
+
+class VectorQuantizer(nn.Module):
+    """Replaces every vector of ``z (..., D)`` by the nearest of K codes.
+
+    ``losses["commitment"]`` = mean((sg(code) - z)^2) trains the encoder, ``losses["codebook"]`` =
+    mean((code - sg(z))^2) a learned codebook; with ``update="ema"`` the latter is absent. Means run over all elements,
+    channels included. Weights of known losses as (commitment, codebook): VQ-VAE and MAGVIT (0.25, 1); VQGAN (1, 0.25),
+    since its released code has them swapped; a moving-average codebook (0.25, -).
+
+    With ``distance="cosine"`` z and the codes are normalised to length one first; latents are unit vectors and the
+    losses compare unit vectors.
+
+    Moving averages live in the collection ``codebook``: ``codes (K, D)``, ``cluster_size (K,)``, ``embed_avg (K, D)``
+    and the flag ``initialised``. They change when ``train=True`` (the collection must be mutable then). One call works
+    on the codes before its own update: k-means on the first batch, quantization, average, restart.
+
+    Attributes:
+      codebook_size: K.
+      code_dim: D.
+      distance: ``euclidean`` or ``cosine``.
+      update: ``gradient`` (parameter ``codebook``) or ``ema``.
+      estimator: ``straight_through`` or ``rotation_trick``: the gradient that z receives from the latents.
+      codebook_init: initializer of the table.
+      decay, epsilon: of the moving averages and of the Laplace smoothing of counts.
+      initial_cluster_size: count of every code at the start: 1 as in vector-quantize-pytorch; 0 as in taming, where
+        codes that are rarely hit grow large in the first steps.
+      dead_code_threshold: codes whose average count falls below it are replaced by inputs of the batch; 0 never.
+      kmeans_iterations: steps of k-means on the first training batch; 0 keeps the initial table.
+      pick_rows: which inputs become codes in k-means and restarts: ``(key, rows (N, D), count) -> (count, D)``.
+
+    The last six are refused with ``update="gradient"``, where the optimizer owns the table.
+    """
+
+    codebook_size: int
+    code_dim: int
+    distance: str = "euclidean"
+    update: str = "gradient"
+    estimator: str = "straight_through"
+    codebook_init: Callable[..., Array] = uniform_codebook
+    decay: float = 0.99
+    epsilon: float = 1e-5
+    initial_cluster_size: float = 1.0
+    dead_code_threshold: float = 0.0
+    kmeans_iterations: int = 0
+    pick_rows: RowPicker = random_rows
+
+    def __post_init__(self):
+        errors.pick("distance", self.distance, DISTANCES)
+        errors.pick("gradient estimator", self.estimator, ESTIMATORS)
+        if self.update not in UPDATES:
+            raise errors.unknown("codebook update", self.update, UPDATES)
+        if self.update == "gradient":
+            for field in _EMA_FIELDS:
+                default = type(self).__dataclass_fields__[field].default
+                if getattr(self, field) != default:
+                    raise ValueError(f"{field}={getattr(self, field)!r} needs update='ema', got update='gradient'.")
+        super().__post_init__()
+
+    def setup(self):
+        shape = (self.codebook_size, self.code_dim)
+        if self.update == "gradient":
+            self.table = self.param("codebook", self.codebook_init, shape, jnp.float32)
+            return
+        self.codes = self.variable(
+            "codebook",
+            "codes",
+            lambda: to_metric(self.codebook_init(self.make_rng("params"), shape, jnp.float32), self.distance),
+        )
+        self.cluster_size = self.variable(
+            "codebook", "cluster_size", lambda: jnp.full(shape[:1], self.initial_cluster_size, jnp.float32)
+        )
+        # A copy: a state that holds one buffer twice cannot be donated to a training step.
+        self.embed_avg = self.variable("codebook", "embed_avg", lambda: jnp.array(self.codes.value, copy=True))
+        self.initialised = self.variable("codebook", "initialised", lambda: jnp.asarray(self.kmeans_iterations == 0))
+
+    def input_channels(self, latent_channels: int) -> int:
+        """Channels of ``z`` for codes of that many channels."""
+        if latent_channels != self.code_dim:
+            raise ValueError(f"a codebook of code_dim={self.code_dim} does not make {latent_channels} channels.")
+        return latent_channels
+
+    def __call__(self, z: Array, train: bool = False) -> Encoding:
+        """Quantizes ``z (..., D)``, any float dtype -> float32 codes, int32 indices ``(...)`` and the loss terms."""
+        self._check(z.shape)
+        z = to_metric(z.astype(jnp.float32), self.distance)
+        follow = train and self.update == "ema" and not self.is_initializing()
+        rows = jax.lax.stop_gradient(z).reshape(-1, self.code_dim)
+        if follow and self.kmeans_iterations:
+            self._store(self._clustered(rows))
+            self.initialised.value = jnp.ones_like(self.initialised.value)
+        table = self.codebook()
+        indices = nearest(z, table, self.distance)
+        codes = jnp.take(table, indices, axis=0)
+        losses = {"commitment": jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))}
+        if self.update == "gradient":
+            losses["codebook"] = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
+        if follow:
+            self._store(self._averaged(rows, indices.reshape(-1)))
+        return Encoding(latents=ESTIMATORS[self.estimator](z, codes), indices=indices, losses=losses)
+
+    def codebook(self) -> Array:
+        """The table of codes ``(K, D)``, float32; unit vectors for the cosine distance."""
+        return to_metric(self.table, self.distance) if self.update == "gradient" else self.codes.value
+
+    def indices_to_codes(self, indices: Array) -> Array:
+        """int ``(...)`` in [0, K) -> float32 codes ``(..., D)``; NaN where an index is out of range."""
+        return jnp.take(self.codebook(), indices, axis=0)
+
+    def codes_to_indices(self, codes: Array) -> Array:
+        """Codes ``(..., D)`` -> int32 ``(...)``: the nearest code, the lowest index of equal ones."""
+        self._check(codes.shape)
+        return nearest(to_metric(codes.astype(jnp.float32), self.distance), self.codebook(), self.distance)
+
+    def _statistics(self) -> CodebookState:
+        return CodebookState(self.codes.value, self.cluster_size.value, self.embed_avg.value)
+
+    def _store(self, state: CodebookState):
+        self.codes.value, self.cluster_size.value, self.embed_avg.value = state
+
+    def _clustered(self, rows: Array) -> CodebookState:
+        key = self.make_rng("bottleneck")
+
+        def cluster(_) -> CodebookState:
+            return kmeans_state(
+                rows,
+                key,
+                self.codebook_size,
+                self.kmeans_iterations,
+                self.epsilon,
+                self.distance,
+                self.pick_rows,
+            )
+
+        return jax.lax.cond(self.initialised.value, lambda state: state, cluster, self._statistics())
+
+    def _averaged(self, rows: Array, indices: Array) -> CodebookState:
+        state = moving_average(self._statistics(), rows, indices, self.decay, self.epsilon, self.distance)
+        if self.dead_code_threshold:
+            key = self.make_rng("bottleneck")
+            state = restart_dead_codes(state, rows, key, self.dead_code_threshold, self.pick_rows)
+        return state
+
+    def _check(self, shape: tuple[int, ...]):
+        if shape[-1] != self.code_dim:
+            raise ValueError(f"the codebook has codes of {self.code_dim} channels, got shape {shape}.")

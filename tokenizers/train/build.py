@@ -1,0 +1,216 @@
+"""From a config to the parts of a run: model, objective, adversary, the first state, and what is said about them."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from .. import api, errors, registry
+from ..discriminators import patchgan
+from ..losses import adversarial, balance
+from ..parallel import platform, rules
+from ..parallel.mesh import replicated
+from . import objective, optim
+from .config import write_atomically
+from .state import AdversaryState, TrainState, new_state
+from .step import Adversary, Recipe
+
+_DISCRIMINATORS = {"patchgan_2d": patchgan.patchgan_2d, "patchgan_3d": patchgan.patchgan_3d}
+
+
+def recipe(config: Mapping) -> Recipe:
+    """All parts of a step.
+
+    Raises:
+      ValueError: for unknown names and fields.
+    """
+    dtype = platform.compute_dtype(config["precision"])
+    name, fields = _model_fields(config)
+    optimizer, rate = optim.make(config["optimizer"], config["steps"])
+    return Recipe(
+        model=registry.build(name, dtype=dtype, **fields),
+        objective=objective.build(config["loss"]),
+        optimizer=optimizer,
+        learning_rate=rate,
+        adversary=_adversary(config, dtype),
+        seed=config["seed"],
+        ema_decay=config["ema_decay"],
+        ema_warmup=config["ema_warmup"],
+        accumulate=config["accumulate"],
+    )
+
+
+def _model_fields(config: Mapping) -> tuple[str, dict[str, Any]]:
+    fields = dict(config["model"])
+    return fields.pop("name"), fields
+
+
+def _adversary(config: Mapping, dtype) -> Adversary | None:
+    part = config["discriminator"]
+    if part["name"] is None:
+        return None
+    make = errors.pick("discriminator", part["name"], _DISCRIMINATORS)
+    weighting = balance.constant_weight(part["weight"])
+    if part["adaptive"]:
+        weighting = balance.adaptive_weight(part["weight"], maximum=part["adaptive_max"])
+    if part["generator_start"] < part["start"]:
+        raise ValueError(
+            f"discriminator.generator_start={part['generator_start']} lies before discriminator.start={part['start']}: "
+            "the generator would learn from a discriminator that does not run yet."
+        )
+    return Adversary(
+        module=make(part["channels"], part["layers"], norm=part["norm"], dtype=dtype),
+        generator_loss=errors.pick("generator loss", part["generator_loss"], dict(adversarial.GENERATOR)),
+        discriminator_loss=errors.pick(
+            "discriminator loss", part["discriminator_loss"], dict(adversarial.DISCRIMINATOR)
+        ),
+        optimizer=optim.make(part["optimizer"], config["steps"])[0],
+        weight=weighting,
+        factor=part["factor"],
+        start=part["start"],
+        generator_start=part["generator_start"],
+        lecam_weight=part["lecam_weight"],
+        lecam_decay=part["lecam_decay"],
+        r1_weight=part["r1_weight"],
+        r1_every=part["r1_every"],
+        fresh_forward=part["fresh_forward"],
+    )
+
+
+def _initializer(config: Mapping, parts: Recipe) -> Callable[[], TrainState]:
+    def initialize() -> TrainState:
+        model_key, adversary_key = jax.random.split(jax.random.key(parts.seed))
+        variables = dict(parts.model.init(model_key, jnp.zeros(registry.example_shape(parts.model))))
+        params = {"model": variables.pop("params"), "objective": dict(parts.objective.params)}
+        ema = jax.tree.map(jnp.copy, params["model"])
+        optimizer = parts.optimizer.init(params)
+        return new_state(params, variables, ema, optimizer, _adversary_state(config, parts.adversary, adversary_key))
+
+    return initialize
+
+
+def _adversary_state(config: Mapping, adversary: Adversary | None, key) -> AdversaryState | None:
+    if adversary is None:
+        return None
+    streams = config["data"]["streams"].values()
+    height, width = next(iter(streams))["resolutions"][0]
+    pixels = jnp.zeros((1, max(stream["frames"] for stream in streams), height, width, 3))
+    variables = dict(adversary.module.init(key, pixels))
+    params = variables.pop("params")
+    return AdversaryState(
+        params=params,
+        statistics=variables,
+        optimizer=adversary.optimizer.init(params),
+        lecam=adversarial.lecam_init(),
+        balance=adversary.weight.init(pixels),
+    )
+
+
+def abstract_state(config: Mapping, parts: Recipe, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the state, without computing it."""
+    shapes = jax.eval_shape(_initializer(config, parts))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        rules.shardings(shapes, mesh),
+    )
+
+
+def initial_state(config: Mapping, parts: Recipe, mesh: Mesh) -> TrainState:
+    """The state before the first step, laid out over the mesh; each device computes its own part."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, parts, mesh))
+    state = jax.jit(_initializer(config, parts), out_shardings=places)()
+    if config["init_from"] is None:
+        return state
+    return _with_weights(state, config["init_from"], places)
+
+
+def _with_weights(state: TrainState, source: str, places: TrainState) -> TrainState:
+    """The state with the parameters (and codebook statistics) of another run or saved folder."""
+    variables = dict(api.load(source).variables)
+    params = variables.pop("params")
+    wanted = jax.tree.map(jnp.shape, {"params": state.params["model"], **state.model_state})
+    found = jax.tree.map(jnp.shape, {"params": params, **variables})
+    if wanted != found:
+        raise ValueError(f"config.init_from={source!r} holds another model; its parameters do not fit config.model.")
+    params = jax.device_put(params, places.params["model"])
+    return state.replace(
+        params=state.params | {"model": params},
+        ema=jax.tree.map(jnp.copy, params),
+        model_state=jax.device_put(variables, places.model_state),
+    )
+
+
+def out_shardings(state: TrainState, mesh: Mesh) -> tuple[Any, Any]:
+    """The state comes out of a step where it went in; metrics are on every device."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
+
+
+def compile_message(compiled, shape: tuple[int, ...], seconds: float, mesh: Mesh) -> str:
+    """One line about a compiled step: time, floating-point operations, memory."""
+    analysis = compiled.cost_analysis() or {}
+    flops = analysis.get("flops", 0.0) * mesh.size
+    memory = compiled.memory_analysis()
+    text = f"compiled the step for pixels {shape} in {seconds:.1f} s: {flops / 1e9:.2f} GFLOP per step"
+    if memory is not None:
+        total = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        text += f", {total / 2**20:.0f} MiB per device"
+    return text
+
+
+def write_summary(folder: pathlib.Path, config: Mapping, parts: Recipe, mesh: Mesh, data, say: Callable) -> None:
+    """Says what is about to be trained, and leaves the folder explaining itself."""
+    spec, shapes = parts.model.spec, registry.abstract_variables(parts.model)["params"]
+    total = registry.parameter_count(parts.model)
+    time, height, width = spec.compression
+    codes = f"{spec.codebook_size} codes = {spec.bits_per_token:.3g} bits" if spec.codebook_size else "continuous"
+    lines = [
+        f"tokenizer {config['model']['name']}: {total / 1e6:.3f} M parameters, one token per {time}x{height}x{width} "
+        f"(time, height, width) pixels, {spec.latent_channels} channels, {codes}",
+        *(f"  {name}: {_count(tree) / 1e6:.3f} M" for name, tree in shapes.items()),
+        f"compute {jnp.dtype(platform.compute_dtype(config['precision'])).name} on {mesh.size} x "
+        f"{mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}",
+    ]
+    if parts.adversary is not None:
+        lines.append(
+            f"discriminator {config['discriminator']['name']}: trained from step {parts.adversary.start}, seen by the "
+            f"generator from step {parts.adversary.generator_start}"
+        )
+    lines.append(data.summary())
+    if mesh.size > 1:
+        lines.append("split parameters:\n" + rules.describe(shapes, mesh))
+    text = "\n".join(lines)
+    say(text)
+    write_atomically(folder / "summary.txt", text + "\n")
+    write_atomically(folder / "README.txt", _RUN_README.format(folder=folder))
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+_RUN_README = """This folder is one training run.
+
+config.json     every field of its config; the same command with the same --workdir goes on where it stopped
+summary.txt     the model, its compression, the devices and the data
+metrics.jsonl   one line per logged step: losses, PSNR, learning rate, speed, skipped updates
+checkpoints/    complete states of the run; the latest ones and the best by held-out PSNR are kept
+pictures/       held-out input (top) and reconstruction (bottom) as training went on
+tensorboard/    tensorboard --logdir {folder}
+evaluation/     report.html, metrics.json and per-item figures, written at the end or by eval.py
+
+Use it:      import tokenizers; tok = tokenizers.load("{folder}")
+Evaluate it: python eval.py --config=configs/eval_default.py --checkpoint={folder}
+"""
+
+
+def as_tokenizer(config: Mapping, parts: Recipe, state: TrainState) -> api.Tokenizer:
+    """The run's EMA weights behind the public methods, in the run's compute precision."""
+    name, fields = _model_fields(config)
+    return api.Tokenizer(parts.model, {"params": state.ema, **state.model_state}, name, fields)

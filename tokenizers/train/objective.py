@@ -1,0 +1,110 @@
+"""What the tokenizer is asked to minimise, put together from ``config.loss``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import errors
+from ..losses import reconstruction
+from ..networks import lpips
+
+Metrics = dict[str, jax.Array]
+# (prediction, target, frozen variables) -> scalar
+TermFunction = Callable[[jax.Array, jax.Array, Any], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One weighted part of the reconstruction loss."""
+
+    name: str
+    weight: float
+    function: TermFunction
+
+
+def mean_reduction(total: jax.Array, target: jax.Array, params: Mapping) -> jax.Array:
+    """The weighted sum of the terms, each a mean over elements."""
+    return total
+
+
+def logvar_reduction(total: jax.Array, target: jax.Array, params: Mapping) -> jax.Array:
+    """Gaussian-like likelihood with one learned log-variance, summed over a frame (latent diffusion, VidTok).
+
+    The official code sums ``rec / exp(logvar) + logvar`` over the elements of a frame and averages over frames; with a
+    scalar log-variance that is the mean loss times the number of elements.
+    """
+    elements = target.shape[-3] * target.shape[-2] * target.shape[-1]
+    return elements * (total / jnp.exp(params["logvar"]) + params["logvar"])
+
+
+REDUCTIONS = {"mean": mean_reduction, "logvar": logvar_reduction}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The loss of the autoencoder without its adversarial part.
+
+    Attributes:
+      terms: parts of the reconstruction loss.
+      reduction: how their weighted sum becomes the loss.
+      bottleneck: weight of every loss term the bottleneck returns.
+      frozen: variables of frozen networks, by term name; an argument of the jitted step, not constants in it.
+      params: initial values of the objective's own parameters.
+    """
+
+    terms: tuple[Term, ...]
+    reduction: Callable[[jax.Array, jax.Array, Mapping], jax.Array]
+    bottleneck: Mapping[str, float]
+    frozen: Mapping[str, Any]
+    params: Mapping[str, jax.Array]
+
+    def reconstruction(self, prediction, target, frozen, params) -> tuple[jax.Array, Metrics]:
+        """Loss of a reconstruction ``(B, T, H, W, C)`` in [-1, 1] against its target, and its parts."""
+        parts = {term.name: term.function(prediction, target, frozen.get(term.name)) for term in self.terms}
+        total = sum(term.weight * parts[term.name] for term in self.terms)
+        return self.reduction(total, target, params), parts
+
+    def regularization(self, losses: Mapping[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+        """Weighted sum of the bottleneck's loss terms, and the terms."""
+        missing = set(losses) - set(self.bottleneck)
+        if missing:
+            raise ValueError(
+                f"the bottleneck returns the loss terms {sorted(losses)}, but config.loss.bottleneck has no weight for "
+                f"{sorted(missing)}; give each one (0.0 switches it off)."
+            )
+        unused = {name for name, weight in self.bottleneck.items() if weight} - set(losses)
+        if unused:
+            raise ValueError(
+                f"config.loss.bottleneck weights {sorted(unused)}, which this bottleneck does not return; "
+                f"it returns {sorted(losses)}."
+            )
+        total = sum((self.bottleneck[name] * value for name, value in losses.items()), jnp.zeros((), jnp.float32))
+        return total, dict(losses)
+
+
+def build(config: Mapping) -> Objective:
+    """The objective that ``config.loss`` describes.
+
+    Raises:
+      ValueError: for unknown names, and for a perceptual loss whose weight file is missing.
+    """
+    pixel = errors.pick("reconstruction loss", config["reconstruction"], reconstruction.RECONSTRUCTION)
+    terms = [Term(config["reconstruction"], config["reconstruction_weight"], lambda p, t, _: pixel(p, t))]
+    frozen = {}
+    if config["perceptual"] is not None:
+        net = errors.pick("perceptual loss", config["perceptual"], {"lpips_vgg": "vgg", "lpips_alex": "alex"})
+        module, frozen["lpips"] = lpips.load(config["perceptual_path"] or None, net)
+        terms.append(Term("lpips", config["perceptual_weight"], lambda p, t, v: _lpips(module, v, p, t)))
+    reduction = errors.pick("loss reduction", config["reduction"], REDUCTIONS)
+    params = {"logvar": jnp.asarray(config["logvar"], jnp.float32)} if reduction is logvar_reduction else {}
+    return Objective(tuple(terms), reduction, dict(config["bottleneck"]), frozen, params)
+
+
+def _lpips(module, variables, prediction, target) -> jax.Array:
+    frames = (-1, *target.shape[-3:])
+    return module.apply(variables, prediction.reshape(frames), target.reshape(frames)).mean()

@@ -1,0 +1,97 @@
+"""Optimizers and schedules, as optax transformations, from a ConfigDict."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import errors
+from ..parallel.rules import path_name
+
+
+def schedule(config: Mapping, steps: int) -> optax.Schedule:
+    """Learning rate over the run: linear warm-up, then ``constant``, ``cosine`` or ``linear`` to ``lr * end``.
+
+    Args:
+      config: ``lr``, ``warmup`` (steps), ``schedule``, ``end`` (fraction of ``lr`` reached at the last step).
+      steps: length of the run.
+    """
+    lr, warmup, end = config["lr"], config["warmup"], config["end"]
+    rest = max(steps - warmup, 1)
+    kinds = {
+        "constant": optax.constant_schedule(lr),
+        "cosine": optax.cosine_decay_schedule(lr, rest, alpha=end),
+        "linear": optax.linear_schedule(lr, lr * end, rest),
+    }
+    after = errors.pick("learning-rate schedule", config["schedule"], kinds)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(lr / (warmup + 1), lr, warmup), after], [warmup])
+
+
+def _adam(config, rate):
+    return optax.adam(rate, b1=config["b1"], b2=config["b2"], eps=config["eps"])
+
+
+def _adamw(config, rate):
+    return optax.adamw(
+        rate, b1=config["b1"], b2=config["b2"], eps=config["eps"], weight_decay=config["weight_decay"], mask=_kernels
+    )
+
+
+OPTIMIZERS = {"adam": _adam, "adamw": _adamw}
+
+
+def _kernels(params: Any) -> Any:
+    """Weight decay acts on matrices and convolution kernels, not on biases, norms and embeddings."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: path_name(path).endswith("kernel"), params)
+
+
+def make(config: Mapping, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer: clip the global norm, step, leave parameters that match ``frozen`` alone.
+
+    Args:
+      config: ``name`` (adam, adamw), the fields of `schedule`, ``b1``, ``b2``, ``eps``, ``weight_decay``, ``clip``
+        (largest global gradient norm; 0 = no clipping), ``frozen`` (regular expressions over parameter paths).
+      steps: length of the run.
+    """
+    make_step = errors.pick("optimizer", config["name"], OPTIMIZERS)
+    if config["weight_decay"] and config["name"] != "adamw":
+        raise ValueError(f"weight_decay={config['weight_decay']} needs optimizer 'adamw', not {config['name']!r}.")
+    rate = schedule(config, steps)
+    parts = [optax.clip_by_global_norm(config["clip"])] if config["clip"] else []
+    chain = optax.chain(*parts, make_step(config, rate))
+    frozen = tuple(config["frozen"])
+    if frozen:
+        chain = optax.partition({"train": chain, "freeze": optax.set_to_zero()}, lambda params: _labels(params, frozen))
+    return chain, rate
+
+
+def _labels(params: Any, frozen: tuple[str, ...]) -> Any:
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in frozen:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"optimizer.frozen pattern {pattern!r} matches no parameter, e.g. {names[:3]}.")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "freeze" if any(re.search(p, path_name(path)) for p in frozen) else "train", params
+    )
+
+
+def ema_update(ema: Any, params: Any, decay: float, step: jax.Array, warmup: bool) -> Any:
+    """``ema = d ema + (1 - d) params``.
+
+    Args:
+      ema: running average, same tree as ``params``.
+      params: parameters after the optimizer step.
+      decay: d.
+      step: steps done before this one.
+      warmup: use ``min(d, (1 + n) / (10 + n))`` with n = step + 1, as LitEma does, so that short runs forget their start.
+    """
+    count = (step + 1).astype(jnp.float32)
+    rate = jnp.minimum(decay, (1 + count) / (10 + count)) if warmup else jnp.float32(decay)
+    return optax.incremental_update(params, ema, 1 - rate)

@@ -1,0 +1,312 @@
+"""One training step of an autoencoder with a bottleneck, with or without a discriminator, as one pure function.
+
+The generator's gradient takes a single pass back through decoder and encoder: losses are differentiated at the
+reconstruction, the adaptive weight combines those two cotangents (`losses.balance`), and their combination is pulled
+back once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import pixels as pixel_values
+from ..losses import adversarial, balance
+from ..parallel.constrain import constrain
+from . import optim
+from .objective import Metrics, Objective
+from .state import AdversaryState, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversary:
+    """The discriminator and how it takes part.
+
+    Attributes:
+      module: logits from pixels, ``module(pixels, train)``.
+      generator_loss: ``fake_logits -> scalar``.
+      discriminator_loss: ``(real_logits, fake_logits) -> scalar``.
+      optimizer: its own optimizer.
+      weight: optax transformation that balances the two cotangents of the generator.
+      factor: scales the adversarial parts of both losses.
+      start: first step whose discriminator is trained.
+      generator_start: first step whose generator sees the discriminator.
+      lecam_weight, lecam_decay: LeCam regularization; weight 0 leaves it out.
+      r1_weight, r1_every: gradient penalty on real pixels, every so many steps; weight 0 leaves it out.
+      fresh_forward: run the generator again, with its updated parameters, for the discriminator's loss (VQGAN);
+        otherwise the reconstruction of the generator's pass serves both (VidTok).
+    """
+
+    module: nn.Module
+    generator_loss: Callable
+    discriminator_loss: Callable
+    optimizer: optax.GradientTransformation
+    weight: optax.GradientTransformationExtraArgs
+    factor: float
+    start: int
+    generator_start: int
+    lecam_weight: float
+    lecam_decay: float
+    r1_weight: float
+    r1_every: int
+    fresh_forward: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that a step needs to know and that never changes during a run."""
+
+    model: nn.Module
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    adversary: Adversary | None
+    seed: int
+    ema_decay: float
+    ema_warmup: bool
+    accumulate: int
+
+
+def make_step(recipe: Recipe) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]:
+    """``step(state, frozen, pixels) -> (state, metrics)``; pixels uint8 or float ``(B, T, H, W, C)``.
+
+    A step whose loss or gradient is not finite changes nothing but the counters.
+    """
+
+    def step(state: TrainState, frozen, pixels):
+        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+        micro = _split(pixels, recipe.accumulate)
+        new, metrics = _update(recipe, state, frozen, micro, key)
+        watched = [value for name, value in metrics.items() if name.startswith(("loss/", "grad_norm/"))]
+        finite = jnp.all(jnp.isfinite(jnp.stack(watched)))
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        new = new.replace(
+            step=state.step + 1,
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        metrics |= {
+            "skipped": new.skipped,
+            "skipped_in_a_row": new.skipped_in_a_row,
+            "learning_rate": recipe.learning_rate(state.step),
+        }
+        return new, metrics
+
+    return step
+
+
+def _split(pixels: jax.Array, parts: int) -> jax.Array:
+    """(B, ...) -> (parts, B / parts, ...): micro-batch i takes every parts-th item, so that each stays spread out."""
+    if pixels.shape[0] % parts:
+        raise ValueError(f"a batch of {pixels.shape[0]} cannot be accumulated in {parts} equal parts.")
+    return jnp.moveaxis(pixels.reshape(-1, parts, *pixels.shape[1:]), 1, 0)
+
+
+def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) -> tuple[TrainState, Metrics]:
+    adversary, shared = recipe.adversary, recipe.adversary is not None and not recipe.adversary.fresh_forward
+
+    def generate(carry, inputs):
+        """Gradients of one micro-batch; the discriminator's too where both learn from the same reconstruction."""
+        model_state, opponent = carry
+        pixels, index = inputs
+        grads, model_state, opponent, reconstruction, metrics = _generator_pass(
+            recipe, state, model_state, opponent, frozen, pixels, jax.random.fold_in(key, index)
+        )
+        opponent_grads = ()
+        if shared:
+            opponent_grads, opponent, more = _discriminator_pass(
+                adversary, opponent, state.step, reconstruction, pixels
+            )
+            metrics |= more
+        return (model_state, opponent), (grads, opponent_grads, metrics)
+
+    carry, (grads, opponent_grads, metrics) = _mean_over_micro_batches(
+        generate, (state.model_state, state.adversary), micro
+    )
+    model_state, opponent = carry
+    updates, optimizer = recipe.optimizer.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics["grad_norm/generator"] = optax.global_norm(grads)
+
+    if adversary is not None:
+        if adversary.fresh_forward:
+
+            def oppose(carry, inputs):
+                model_state, opponent = carry
+                pixels, index = inputs
+                rngs = _rngs(jax.random.fold_in(key, recipe.accumulate + index))
+                target = pixel_values.to_float(pixels)
+                (reconstruction, _), model_state = _forward(recipe, params["model"], model_state, target, rngs)
+                grads, opponent, more = _discriminator_pass(adversary, opponent, state.step, reconstruction, pixels)
+                return (model_state, opponent), (grads, more)
+
+            (model_state, opponent), (opponent_grads, more) = _mean_over_micro_batches(
+                oppose, (model_state, opponent), micro
+            )
+            metrics |= more
+        opponent = _discriminator_update(adversary, opponent, opponent_grads, state.step)
+        metrics["grad_norm/discriminator"] = optax.global_norm(opponent_grads)
+
+    ema = optim.ema_update(state.ema, params["model"], recipe.ema_decay, state.step, recipe.ema_warmup)
+    return (
+        state.replace(params=params, model_state=model_state, ema=ema, optimizer=optimizer, adversary=opponent),
+        metrics,
+    )
+
+
+def _mean_over_micro_batches(body, carry, micro: jax.Array):
+    """Runs ``body`` over the micro-batches in order; outputs are averaged, the carry is handed on."""
+    count = micro.shape[0]
+    if count == 1:
+        return body(carry, (micro[0], 0))
+
+    def accumulate(state, inputs):
+        carry, total = state
+        carry, outputs = body(carry, inputs)
+        return (carry, jax.tree.map(jnp.add, total, outputs)), None
+
+    shapes = jax.eval_shape(body, carry, (micro[0], 0))[1]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (carry, total), _ = jax.lax.scan(accumulate, (carry, zeros), (micro, jnp.arange(count)))
+    return carry, jax.tree.map(lambda leaf: leaf / count, total)
+
+
+def _rngs(key) -> dict[str, jax.Array]:
+    bottleneck, dropout = jax.random.split(key)
+    return {"bottleneck": bottleneck, "dropout": dropout}
+
+
+def _forward(recipe: Recipe, params, model_state: Mapping, pixels: jax.Array, rngs):
+    """((reconstruction, encoding), new model state)."""
+    return recipe.model.apply(
+        {"params": params, **model_state}, pixels, train=True, rngs=rngs, mutable=list(model_state)
+    )
+
+
+def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, frozen, pixels, key):
+    """(gradients, model state, adversary state, reconstruction, metrics) of one micro-batch ``(B, T, H, W, C)``."""
+    names = ("batch", "time", "height", "width", "channel")
+    target = constrain(pixel_values.to_float(pixels), *names)
+    objective = recipe.objective
+
+    def model(params):
+        (reconstruction, encoding), new_state = _forward(recipe, params, model_state, target, _rngs(key))
+        regularization, parts = objective.regularization(encoding.losses)
+        return (constrain(reconstruction, *names), regularization), (new_state, parts)
+
+    (reconstruction, regularization), pull, (model_state, bottleneck) = jax.vjp(
+        model, state.params["model"], has_aux=True
+    )
+    (value, parts), (cotangent, objective_grads) = jax.value_and_grad(
+        lambda y, own: objective.reconstruction(y, target, frozen, own), argnums=(0, 1), has_aux=True
+    )(reconstruction, state.params["objective"])
+    metrics = {f"loss/{name}": part for name, part in (parts | bottleneck).items()}
+    metrics["loss/generator"] = value + regularization
+    metrics["psnr"] = _psnr(reconstruction, target)
+
+    adversary = recipe.adversary
+    if adversary is not None:
+        fooling, cotangent_gan, opponent = _fool(adversary, opponent, state.step, reconstruction)
+        grads, weight_state = balance.balanced_pull(
+            pull,
+            adversary.weight,
+            opponent.balance,
+            reconstruction=cotangent,
+            gan=cotangent_gan,
+            last_layer=recipe.model.spec.last_layer,
+            active=adversary.factor * (state.step >= adversary.generator_start),
+            auxiliary=regularization,
+        )
+        opponent = opponent.replace(balance=weight_state)
+        metrics |= {"loss/fooling": fooling, "adaptive_weight": weight_state.weight}
+    else:
+        (grads,) = pull((cotangent, jnp.ones_like(regularization)))
+    return {"model": grads, "objective": objective_grads}, model_state, opponent, reconstruction, metrics
+
+
+def _fool(adversary: Adversary, opponent: AdversaryState, step, reconstruction):
+    """(generator loss, its gradient at the reconstruction, adversary state); zeros while the discriminator waits."""
+
+    def run(y):
+        def loss(y):
+            logits, statistics = _discriminate(adversary, opponent.params, opponent.statistics, y)
+            return adversary.generator_loss(logits), statistics
+
+        (value, statistics), cotangent = jax.value_and_grad(loss, has_aux=True)(y)
+        return value, cotangent, statistics
+
+    def wait(y):
+        return jnp.zeros((), jnp.float32), jnp.zeros_like(y), opponent.statistics
+
+    value, cotangent, statistics = jax.lax.cond(step >= adversary.start, run, wait, reconstruction)
+    return value, cotangent, opponent.replace(statistics=statistics)
+
+
+def _discriminate(adversary: Adversary, params, statistics, pixels):
+    logits, new = adversary.module.apply({"params": params, **statistics}, pixels, train=True, mutable=list(statistics))
+    return logits.astype(jnp.float32), new
+
+
+def _discriminator_pass(adversary: Adversary, opponent: AdversaryState, step, reconstruction, pixels):
+    """(gradients, adversary state, metrics) of one micro-batch; zeros while the discriminator waits."""
+    real = pixel_values.to_float(pixels)
+    fake = jax.lax.stop_gradient(reconstruction)
+
+    def loss(params):
+        real_logits, statistics = _discriminate(adversary, params, opponent.statistics, real)
+        fake_logits, statistics = _discriminate(adversary, params, statistics, fake)
+        value = adversary.discriminator_loss(real_logits, fake_logits)
+        penalty, lecam = adversarial.lecam_update(opponent.lecam, real_logits, fake_logits, adversary.lecam_decay)
+        value = adversary.factor * (value + adversary.lecam_weight * penalty)
+        if adversary.r1_weight:
+            value = value + _r1(adversary, params, statistics, real, step)
+        metrics = {
+            "loss/discriminator": value,
+            "logits/real": real_logits.mean(),
+            "logits/fake": fake_logits.mean(),
+        }
+        return value, (statistics, lecam, metrics)
+
+    def run():
+        grads, (statistics, lecam, metrics) = jax.grad(loss, has_aux=True)(opponent.params)
+        return grads, statistics, lecam, metrics
+
+    def wait():
+        zero = jnp.zeros((), jnp.float32)
+        metrics = {"loss/discriminator": zero, "logits/real": zero, "logits/fake": zero}
+        return jax.tree.map(jnp.zeros_like, opponent.params), opponent.statistics, opponent.lecam, metrics
+
+    grads, statistics, lecam, metrics = jax.lax.cond(step >= adversary.start, run, wait)
+    return grads, opponent.replace(statistics=statistics, lecam=lecam), metrics
+
+
+def _r1(adversary: Adversary, params, statistics, real, step):
+    """R1 penalty every ``r1_every`` steps, scaled up by that number (lazy regularization, StyleGAN2)."""
+
+    def penalty():
+        return adversarial.r1_penalty(lambda x: _discriminate(adversary, params, statistics, x)[0], real)
+
+    due = step % adversary.r1_every == 0
+    value = jax.lax.cond(due, penalty, lambda: jnp.zeros((), jnp.float32))
+    return adversary.r1_weight * adversary.r1_every * value
+
+
+def _discriminator_update(adversary: Adversary, opponent: AdversaryState, grads, step) -> AdversaryState:
+    def update():
+        updates, optimizer = adversary.optimizer.update(grads, opponent.optimizer, opponent.params)
+        return optax.apply_updates(opponent.params, updates), optimizer
+
+    params, optimizer = jax.lax.cond(step >= adversary.start, update, lambda: (opponent.params, opponent.optimizer))
+    return opponent.replace(params=params, optimizer=optimizer)
+
+
+def _psnr(prediction, target) -> jax.Array:
+    """Mean PSNR in dB of the items, values clipped to [-1, 1]."""
+    error = jnp.square(jnp.clip(prediction, -1, 1) - target).mean(axis=tuple(range(1, target.ndim)))
+    return jnp.mean(10 * jnp.log10(4.0 / jnp.maximum(error, 1e-10)))
