@@ -164,6 +164,10 @@ def test_the_optimizer_of_a_checkpoint_is_reached_by_key():
     np.testing.assert_array_equal(state["exp_avg"], [1, 1])
 
 
+def test_numpy_arrays_in_a_checkpoint_are_read_too():
+    assert_same(read_state_dict(FILES / "zip_checkpoint.pth", key="extra"), {"arr": np.arange(3)})
+
+
 def test_safetensors_with_bfloat16(write):
     header = {
         "__metadata__": {"format": "pt"},
@@ -236,7 +240,7 @@ def test_records_of_training_frameworks_do_not_hide_the_weights(write):
 
 class Attack:
     def __reduce__(self):
-        return os.system, ("touch /tmp/this_must_not_exist",)
+        return os.system, ("echo this must never run",)
 
 
 @pytest.mark.parametrize("format_name", WRITERS)
@@ -305,7 +309,8 @@ def test_a_missing_file_says_so(tmp_path):
         read_state_dict(tmp_path / "nothing.pth")
 
 
-@settings(max_examples=60, deadline=None)
+# The same damage on every run: CPython itself prints a complaint about one byte string in thousands.
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_damaged_files_only_ever_raise_value_errors(tmp_path_factory, data):
     source = data.draw(st.sampled_from(["zip_checkpoint.pth", "legacy_checkpoint.pth", "script.jit"]))

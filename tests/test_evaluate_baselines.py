@@ -113,3 +113,15 @@ def test_unknown_codecs_and_grids_are_refused():
         baselines.codec("jpg", clip("x"), 100.0)
     with pytest.raises(ValueError, match=r"got \(64,\)"):
         baselines.bicubic(clip("x"), (64,), 12.0)
+
+
+@pytest.mark.skipif(not baselines.h264_available(), reason="PyAV without libx264")
+def test_h264_does_not_depend_on_what_lies_in_memory():
+    pixels, generator = clip("memory"), np.random.default_rng(0)
+    found, held = set(), []
+    for _ in range(12):
+        held.append(generator.integers(0, 255, generator.integers(1000, 300000), dtype=np.uint8))
+        held = held[-5:]
+        coded = baselines.codec("h264", pixels, 0.3 * pixels[..., 0].size)
+        found.add((coded.bits, coded.setting, coded.pixels.tobytes()))
+    assert len(found) == 1

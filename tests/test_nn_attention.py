@@ -15,6 +15,10 @@ from tokenizers.nn.attention import Attention, SpatialAttention, TemporalAttenti
 CLOSE = {"atol": 1e-5}
 
 
+def apply(module, variables, *args, **options):
+    return jax.jit(functools.partial(module.apply, **options))(variables, *args)
+
+
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
@@ -84,7 +88,7 @@ def test_self_and_cross_attention_are_projections_around_attend():
         for name, a in zip(("query", "key", "value"), (x, context, context), strict=True)
     }
     expected = dense["out"](plain(*split.values()).reshape(2, 5, 8))
-    np.testing.assert_allclose(module.apply({"params": params}, x, context), expected, **CLOSE)
+    np.testing.assert_allclose(apply(module, {"params": params}, x, context), expected, **CLOSE)
 
 
 def test_the_fused_matrix_is_the_three_side_by_side():
@@ -93,10 +97,10 @@ def test_the_fused_matrix_is_the_three_side_by_side():
     params = init(module, x)["params"]
     kernels = [params[name]["kernel"] for name in ("query", "key", "value")]
     fused = {"qkv": {"kernel": jnp.concatenate(kernels, 1)}, "out": params["out"]}
-    actual = module.clone(fused_qkv=True).apply({"params": fused}, x)
-    np.testing.assert_allclose(actual, module.apply({"params": params}, x), **CLOSE)
+    actual = apply(module.clone(fused_qkv=True), {"params": fused}, x)
+    np.testing.assert_allclose(actual, apply(module, {"params": params}, x), **CLOSE)
     with pytest.raises(ValueError, match="needs fused_qkv=False"):
-        module.clone(fused_qkv=True).apply({"params": fused}, x, x)
+        apply(module.clone(fused_qkv=True), {"params": fused}, x, x)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -107,7 +111,7 @@ def test_normalized_queries_ignore_their_scale(kind):
     assert variables["params"]["query_norm"]["scale"].shape == (4,)
     scaled = jax.tree.map(lambda a: a, variables)
     scaled["params"]["query"]["kernel"] *= 30
-    np.testing.assert_allclose(module.apply(scaled, x), module.apply(variables, x), atol=1e-4)
+    np.testing.assert_allclose(apply(module, scaled, x), apply(module, variables, x), atol=1e-4)
 
 
 def test_rotary_self_attention_sees_relative_positions():
@@ -115,10 +119,11 @@ def test_rotary_self_attention_sees_relative_positions():
     rotate = functools.partial(posemb.apply_rotary, angles=posemb.rotary_angles(np.arange(12), 8))
     module = Attention()
     variables = init(module, x)
-    without = module.apply(variables, x)
+    without = apply(module, variables, x)
     np.testing.assert_allclose(without[:, 0], without[:, 3], **CLOSE)
     assert (
-        np.abs(np.subtract(*module.apply(variables, x, rotate=rotate)[:, np.array([0, 3])].swapaxes(0, 1))).max() > 1e-3
+        np.abs(np.subtract(*apply(module, variables, x, rotate=rotate)[:, np.array([0, 3])].swapaxes(0, 1))).max()
+        > 1e-3
     )
 
 
@@ -126,21 +131,21 @@ def test_spatial_attention_is_that_of_every_frame():
     x = normal(0, 2, 3, 4, 2, 8)
     module = SpatialAttention(num_heads=2)
     variables = init(module, x)
-    y = module.apply(variables, x)
-    tokens = Attention(num_heads=2).apply(variables, x.reshape(6, 8, 8))
+    y = apply(module, variables, x)
+    tokens = apply(Attention(num_heads=2), variables, x.reshape(6, 8, 8))
     np.testing.assert_allclose(y, tokens.reshape(x.shape), **CLOSE)
-    np.testing.assert_allclose(module.apply(variables, x[:, 1]), y[:, 1], **CLOSE)
+    np.testing.assert_allclose(apply(module, variables, x[:, 1]), y[:, 1], **CLOSE)
 
 
 def test_windows_do_not_see_each_other():
     x = normal(0, 1, 4, 6, 4)
     module = WindowAttention(window=(2, 3))
     variables = init(module, x)
-    y = module.apply(variables, x)
-    window = SpatialAttention().apply(variables, x[:, 2:, 3:])
+    y = apply(module, variables, x)
+    window = apply(SpatialAttention(), variables, x[:, 2:, 3:])
     np.testing.assert_allclose(y[:, 2:, 3:], window, **CLOSE)
-    np.testing.assert_array_equal(module.apply(variables, x.at[:, :2].add(1.0))[:, 2:], y[:, 2:])
-    biased = module.apply(variables, x, bias=jnp.where(jnp.arange(6) == 0, 0.0, -1e9)[None])
+    np.testing.assert_array_equal(apply(module, variables, x.at[:, :2].add(1.0))[:, 2:], y[:, 2:])
+    biased = apply(module, variables, x, bias=jnp.where(jnp.arange(6) == 0, 0.0, -1e9)[None])
     np.testing.assert_allclose(biased[:, 2:, 3:], jnp.broadcast_to(biased[:, 2:3, 3:4], (1, 2, 3, 4)), **CLOSE)
 
 
@@ -149,8 +154,8 @@ def test_temporal_attention_is_that_of_every_position():
     for causal in (True, False):
         module = TemporalAttention(num_heads=2, causal=causal)
         variables = init(module, x)
-        tokens = Attention(num_heads=2).apply(variables, x[:, :, 1, 2], is_causal=causal)
-        np.testing.assert_allclose(module.apply(variables, x)[:, :, 1, 2], tokens, **CLOSE)
+        tokens = apply(Attention(num_heads=2), variables, x[:, :, 1, 2], is_causal=causal)
+        np.testing.assert_allclose(apply(module, variables, x)[:, :, 1, 2], tokens, **CLOSE)
 
 
 def rotate_frames(tokens):
@@ -162,15 +167,15 @@ def test_causal_temporal_attention_is_causal_and_streams(rotate):
     x = normal(0, 1, 7, 2, 2, 8)
     module = TemporalAttention(num_heads=2)
     variables = init(module, x)
-    whole = module.apply(variables, x, rotate=rotate)
-    np.testing.assert_array_equal(module.apply(variables, x.at[:, 4:].add(1.0), rotate=rotate)[:, :4], whole[:, :4])
+    whole = apply(module, variables, x, rotate=rotate)
+    np.testing.assert_array_equal(apply(module, variables, x.at[:, 4:].add(1.0), rotate=rotate)[:, :4], whole[:, :4])
     stream, outputs = {}, []
     for chunk in (x[:, :1], x[:, 1:4], x[:, 4:]):
-        y, stream = module.apply({**variables, **stream}, chunk, rotate=rotate, mutable="stream")
+        y, stream = apply(module, {**variables, **stream}, chunk, rotate=rotate, mutable="stream")
         outputs.append(y)
     np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, **CLOSE)
     with pytest.raises(ValueError, match="cannot stream"):
-        module.clone(causal=False).apply(variables, x, mutable="stream")
+        apply(module.clone(causal=False), variables, x, mutable="stream")
 
 
 def test_compute_dtype_is_an_attribute():
@@ -186,7 +191,7 @@ def test_compute_dtype_is_an_attribute():
 def test_height_sharding_changes_nothing(module):
     x = normal(0, 4, 3, 4, 2, 8)
     variables = init(module, x)
-    expected = module.apply(variables, x)
+    expected = apply(module, variables, x)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None, "context"))
     with jax.set_mesh(mesh):

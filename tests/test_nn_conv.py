@@ -129,6 +129,8 @@ def test_vmap_and_wrong_arguments():
         convolve(x[0], kernel[0])
     with pytest.raises(ValueError, match="Accepted: SAME, VALID"):
         convolve(x[0], kernel, padding="full")
+    with pytest.raises(ValueError, match="must not be negative"):
+        convolve(x[0], kernel, padding=((0, -1), (0, 0), (0, 0)))
     with pytest.raises(ValueError, match="strides must be"):
         convolve(x[0], kernel, strides=(1, 2))
 

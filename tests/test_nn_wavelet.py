@@ -14,7 +14,10 @@ from tokenizers.nn import resample, wavelet
 
 
 def jitted(function):
-    return jax.jit(function, static_argnames=("levels", "scale", "odd", "first_frame_alone"))
+    def run(x, **options):
+        return jax.jit(functools.partial(function, **options))(x)
+
+    return run
 
 
 FORWARD = {2: jitted(wavelet.haar_2d), 3: jitted(wavelet.haar_3d)}

@@ -40,13 +40,13 @@ def read_state_dict(path: str | pathlib.Path, key: str | None = None) -> dict[st
 
     Args:
       path: a .safetensors, .npz, PyTorch or TorchScript file.
-      key: where in a checkpoint the state dict is, dots for nesting (``"ema.model"``). Without it the file itself is
-        used when it holds named tensors, else the single one of `WRAPPERS` that it has, again and again; a file with
-        several of them is refused with the list of keys.
+      key: where in a checkpoint the state dict is, dots for nesting (``"ema.model"``). Without it, as long as there is
+        one of `WRAPPERS` in what was read, it is entered; several of them side by side are refused with their names.
 
     Returns:
       Arrays in the dtypes of the file (bfloat16 and float8 as those of ml_dtypes). TorchScript archives give the
-      parameters and buffers of the module tree as ``encoder.conv_in.weight``.
+      parameters and buffers of the module tree as ``encoder.conv_in.weight``. A prefix ``module.`` or ``_orig_mod.``
+      that all names share is taken off.
 
     Raises:
       ValueError: a truncated, foreign or unsafe file; names the file, the reason and the remedy.

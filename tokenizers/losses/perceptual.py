@@ -45,9 +45,9 @@ def vgg_per_sample(
     """``(prediction, target) -> {"content": (B,), "gram": (B,)}``; what is not used is not computed under jit.
 
     ``content`` is the mean absolute difference of the features as they are (no unit length, no learned weights).
-    ``gram`` is the mean squared difference of the Gram matrices ``F F^T / N`` of the features F (channels, N), where the
-    N positions are those of the whole sample (for a video all its frames together), so it compares texture and not place or time. Both
-    are sums over the taps, weighted by ``layer_weights``. The Cosmos tokenizer's code calls the first one "lpips".
+    ``gram`` is the mean squared difference of the Gram matrices ``F F^T / N`` of the features F (channels, N), whose N
+    positions are those of the whole sample (for a video all its frames together), so it compares texture and not place
+    or time. Both are sums over the taps, weighted by ``layer_weights``. Cosmos's code calls the first one "lpips".
     """
     frozen = _on_device(variables)
 

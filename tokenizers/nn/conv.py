@@ -211,6 +211,8 @@ def padding_pairs(
         pads = [(p, p) if isinstance(p, (int, np.integer)) else tuple(p) for p in padding]
         if len(pads) != rank or any(len(p) != 2 for p in pads):
             raise ValueError(f"padding must be one number or {rank} numbers or (before, after) pairs; got {padding!r}.")
+    if any(n < 0 for pair in pads for n in pair):
+        raise ValueError(f"padding must not be negative; got {padding!r}.")
     return tuple((int(before), int(after)) for before, after in pads)
 
 
