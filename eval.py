@@ -1,11 +1,14 @@
 """Evaluate a tokenizer: ``python eval.py --config=configs/eval_default.py --checkpoint=runs/quickstart``."""
 
+import functools
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/eval_default.py", "A file of configs/.")
+from tokenizers.train import commandline
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; default configs/eval_default.py.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run of train.py, a saved folder, or an official weight file.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the report; default evaluation/ in the run, or evaluation_<file>.")
 flags.mark_flag_as_required("checkpoint")
@@ -25,4 +28,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=functools.partial(commandline.parse, default="configs/eval_default.py"))

@@ -19,7 +19,6 @@ flags.mark_flag_as_required("config")
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; fields are set with --config.<field>=<value>.")
-    _check_package()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries below log every file they touch
     from configs import eval_default
@@ -36,6 +35,13 @@ def main(argv):
             session.evaluate_checkpoint(workdir, evaluation)
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+
+
+def _parse_flags(argv):
+    _check_package()
+    from tokenizers.train import commandline
+
+    return commandline.parse(argv)
 
 
 def _config_name() -> str:
@@ -56,4 +62,4 @@ def _check_package() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

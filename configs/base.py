@@ -7,6 +7,13 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
+def _changed(config: ConfigDict, changes: dict) -> ConfigDict:
+    """The config with some fields changed; a field it does not have is refused, now and later."""
+    config.lock()
+    config.update(changes)
+    return config
+
+
 def optimizer(**changes) -> ConfigDict:
     """Fields of an optimizer (tokenizers/train/optim.py)."""
     config = ConfigDict()
@@ -21,8 +28,7 @@ def optimizer(**changes) -> ConfigDict:
     config.weight_decay = 0.0
     config.clip = 1.0  # largest global gradient norm; 0 = no clipping
     config.frozen = ()  # regular expressions over parameter paths that stay as they are
-    config.update(changes)
-    return config
+    return _changed(config, changes)
 
 
 def stream(**changes) -> ConfigDict:
@@ -34,8 +40,7 @@ def stream(**changes) -> ConfigDict:
     config.weight = 1.0  # share of the steps
     config.fps = 0.0  # 0 = the clip's own
     config.stride = 1
-    config.update(changes)
-    return config
+    return _changed(config, changes)
 
 
 def data(**changes) -> ConfigDict:
@@ -45,6 +50,7 @@ def data(**changes) -> ConfigDict:
         "auto"  # embedded, images, videos, array_record, parquet, tar, captions, auto; "" = embedded unless path
     )
     config.path = ""  # file or folder
+    config.sources = ConfigDict()  # in place of source and path, a mixture: {name: {source, path, weight, held_out}}
     config.held_out = "0.02"  # for evaluation: a fraction of the above, or the path of another set; "" = none
     config.virtual_camera = False  # make clips from photographs where a stream asks for several frames
     config.crop = "random"  # random, center
@@ -55,7 +61,9 @@ def data(**changes) -> ConfigDict:
     config.read_threads = 2
     config.prefetch = 4
     config.streams = ConfigDict()
-    config.update(changes)
+    config = _changed(config, changes)
+    for free in (config.streams, config.sources):
+        free.unlock()  # their names are free
     return config
 
 
@@ -102,16 +110,22 @@ def get_base() -> ConfigDict:
     config.discriminator.lecam_decay = 0.999
     config.discriminator.r1_weight = 0.0
     config.discriminator.r1_every = 16
+    config.discriminator.ema_decay = 0.0  # of an average of its parameters, kept in checkpoints; 0 = none
     config.discriminator.fresh_forward = False  # True: the generator runs again, updated, before its turn (VQGAN)
     config.discriminator.optimizer = optimizer()
 
     config.data = data()
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "split": "height"})
+    config.mesh.rules = ()  # pairs (regular expression over parameter paths, placement): tokenizers/parallel/rules.py
+    config.mesh.smallest = 2**16  # arrays with fewer elements are not split over fsdp
     config.distributed = ConfigDict({"mode": "off", "coordinator": "", "processes": 1, "process": 0})
 
-    config.log = ConfigDict({"every": 50, "tensorboard": True, "wandb": placeholder(str), "pictures_every": 1000})
-    config.checkpoint = ConfigDict({"every": 1000, "keep_last": 2, "keep_best": 1})
-    config.evaluation = ConfigDict({"every": 1000, "items": 64, "final_report": True})
+    config.log = ConfigDict({"every": 50, "tensorboard": True, "wandb": placeholder(str)})
+    config.checkpoint = ConfigDict({"every": 1000, "keep_last": 2, "keep_best": 1})  # every=0: only at the end
+    config.evaluation = ConfigDict({"every": 1000, "items": 64, "final_report": True})  # with pictures; 0: at the end
     config.profile = ConfigDict({"start": 0, "steps": 0})  # write a profiler trace of that many steps
+    config.lock()  # from here on a misspelt field is refused
+    for free in (config.model, config.loss.bottleneck, config.data.streams, config.data.sources):
+        free.unlock()
     return config

@@ -4,7 +4,7 @@ A run, on its own held-out data:
     python eval.py --config=configs/eval_default.py --checkpoint=runs/quickstart
 An official weight file, on a folder of images or clips:
     python eval.py --config=configs/eval_default.py --checkpoint=weights.safetensors --config.model.name=<variant> \
-        --config.data.path=<folder> --config.data.streams.items.frames=17
+        --config.data.path=<folder> --config.data.streams.input.frames=17
 """
 
 from ml_collections import ConfigDict
@@ -13,6 +13,8 @@ from configs import base
 
 
 def get_config(arg=None):
+    if arg is not None:
+        raise ValueError(f"configs/eval_default.py takes no argument, got {arg!r}.")
     config = ConfigDict()
     config.model = ConfigDict(
         {"name": ""}
@@ -39,7 +41,7 @@ def get_config(arg=None):
     config.preview_items = 8
     # Data of its own, all of it evaluated; with source and path empty, the held-out data of the run.
     config.data = base.data(source="", held_out="", crop="center", flip=False)
-    config.data.streams["items"] = base.stream(frames=1, resolutions=((256, 256),), batch_size=8)
+    config.data.streams["input"] = base.stream(frames=1, resolutions=((256, 256),), batch_size=8)
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "split": "height"})
     config.distributed = ConfigDict({"mode": "off", "coordinator": "", "processes": 1, "process": 0})
     config.compilation_cache = "~/.cache/tokenizers/compiled"

@@ -10,7 +10,7 @@ FOUNDATION = {"errors", "types", "pixels"}
 ALLOWED = {
     "errors": set(),
     "types": set(),
-    "pixels": set(),
+    "pixels": {"types"},
     "parallel": FOUNDATION,
     "nn": FOUNDATION | {"parallel"},
     "quantize": FOUNDATION | {"parallel", "nn"},
@@ -21,12 +21,14 @@ ALLOWED = {
     "discriminators": FOUNDATION | {"parallel", "nn"},
     "losses": {"errors", "networks"},
     "data": {"errors"},
-    "api": FOUNDATION | {"registry", "parallel", "convert", "train"},
-    "media": {"errors", "data", "evaluate"},
+    "streaming": FOUNDATION | {"parallel"},
+    "api": FOUNDATION | {"registry", "streaming", "parallel", "convert", "train"},
+    "media": {"errors", "data"},
+    "commands": FOUNDATION | {"media", "api", "data", "parallel"},
     "evaluate": FOUNDATION | {"parallel", "networks", "convert", "data", "api", "losses"},
     "train": FOUNDATION | {"parallel", "registry", "api", "discriminators", "losses", "networks", "data", "evaluate"},
     "__init__": set(),
-    "__main__": {"media", "registry", "api"},
+    "__main__": {"media", "registry", "api", "parallel", "commands"},
 }
 
 

@@ -1,20 +1,15 @@
-"""The command line: ``python -m tokenizers list | describe | encode | decode | reconstruct``."""
+"""The command line: ``python -m tokenizers <command>``; ``--help`` after a command says more."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
 import sys
-from collections.abc import Iterator
-
-import numpy as np
-import tqdm
+from collections.abc import Sequence
 
 from . import media
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; errors in the input are one line on stderr and exit status 2."""
     arguments = _parser().parse_args(argv)
     try:
@@ -25,27 +20,76 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tokenizers", description=__doc__)
+    parser = _Parser(prog="python -m tokenizers", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="command")
-    commands.add_parser("list", help="names of the released variants").set_defaults(run=_list)
-    describe = commands.add_parser("describe", help="facts about one of them")
+    _command(commands, "list", _list, "names of the released variants")
+    describe = _command(commands, "describe", _describe, "facts about one of them")
     describe.add_argument("name")
-    describe.set_defaults(run=_describe)
+    convert = _command(commands, "convert", _convert, "an official weight file, or a run, to a folder that loads fast")
+    convert.add_argument("checkpoint", help="an official weight file, or a run of train.py (its EMA weights)")
+    convert.add_argument("target", help="a new folder")
+    convert.add_argument("--model", help="variant of an official weight file")
     for name, run, text in (
         ("encode", _encode, "pictures and videos to .npz files with indices or latents"),
-        ("decode", _decode, ".npz files back to pictures and videos"),
-        ("reconstruct", _reconstruct, "encode and decode"),
+        ("decode", _decode, ".npz files of encode back to pictures and videos"),
+        ("reconstruct", _reconstruct, "encode and decode; videos lose their sound"),
     ):
-        command = commands.add_parser(name, help=text)
+        command = _command(commands, name, run, text)
         command.add_argument("source", help="a file, or a folder of files")
         command.add_argument("target", help="a file, or a folder")
-        command.add_argument("--checkpoint", required=True, help="a run of train.py, a saved folder, or a weight file")
-        command.add_argument("--model", help="variant of an official weight file")
+        _add_tokenizer(command)
+        command.add_argument(
+            "--chunk_frames",
+            type=_positive,
+            default=16,
+            help="frames of a video that are in memory at once, for causal video and for image tokenizers (default 16)",
+        )
         if name == "reconstruct":
             command.add_argument("--side_by_side", action="store_true", help="input left, reconstruction right")
-        command.set_defaults(run=run)
+    _add_dataset(commands)
     return parser
+
+
+def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_tokenizer(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--checkpoint", required=True, help="a run of train.py, a saved folder, or a weight file")
+    command.add_argument("--model", help="variant of an official weight file")
+    command.add_argument("--precision", default="float32", help="float32 (default), bfloat16, or auto")
+
+
+def _add_dataset(commands) -> None:
+    text = "all items of a folder, tar, Parquet or ArrayRecord files to shards of tokens; resumes where it stopped"
+    command = _command(commands, "tokenize-dataset", _tokenize_dataset, text)
+    command.add_argument("source", help="a folder, a file, or a glob pattern")
+    command.add_argument("target", help="a new folder, or that of the same command, interrupted")
+    _add_tokenizer(command)
+    command.add_argument("--kind", default="auto", help="images, videos, captions, tar, parquet, array_record, auto")
+    size = {"nargs": 2, "type": _positive, "metavar": ("HEIGHT", "WIDTH")}
+    command.add_argument("--size", required=True, help="items are resized to cover it and cropped to it", **size)
+    command.add_argument("--frames", type=_positive, default=1, help="of the clip at the start of every video")
+    command.add_argument("--fps", type=float, default=0.0, help="frame rate of clips; 0 (default) is their own")
+    command.add_argument("--stride", type=_positive, default=1, help="take every n-th frame")
+    command.add_argument("--batch_size", type=_positive, default=16)
+    command.add_argument("--shard_items", type=_positive, default=1024)
+    command.add_argument("--workers", type=int, default=0, help="processes that decode files; 0 (default) is threads")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
 
 
 def _list(arguments) -> None:
@@ -64,65 +108,82 @@ def _describe(arguments) -> None:
 
 def _load(arguments):
     from . import api
+    from .parallel import platform
 
-    return api.load(arguments.checkpoint, model=arguments.model)
+    dtype = platform.compute_dtype(arguments.precision)
+    return api.load(arguments.checkpoint, model=arguments.model).cast(dtype)
 
 
-def _pairs(arguments, suffix: str | None = None) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
-    """(input file, output file) of a command; a folder keeps its structure."""
-    source, target = pathlib.Path(arguments.source), pathlib.Path(arguments.target)
-    if not source.exists():
-        raise ValueError(f"{source} does not exist.")
-    if source.is_file():
-        yield source, target / (source.stem + (suffix or source.suffix)) if target.is_dir() else target
-        return
-    accepted = (".npz",) if arguments.run is _decode else media.SUFFIXES
-    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in accepted)
-    if not files:
-        raise ValueError(f"{source} holds no file with one of the endings {', '.join(accepted)}.")
-    for path in tqdm.tqdm(files, unit="file", disable=not sys.stderr.isatty()):
-        yield path, target / path.relative_to(source).with_suffix(suffix or path.suffix)
+def _convert(arguments) -> None:
+    from . import api
+
+    tokenizer = api.load(arguments.checkpoint, model=arguments.model)
+    tokenizer.save(arguments.target)
+    print(f"{arguments.target}: {tokenizer}")
 
 
 def _encode(arguments) -> None:
+    from .commands import files
+
     tokenizer = _load(arguments)
-    for source, target in _pairs(arguments, ".npz"):
-        item = media.read(source)
-        encoding = tokenizer.encode(item.pixels[None])
-        stored = "latents" if encoding.indices is None else "indices"
-        facts = {"shape": item.pixels.shape, "fps": item.fps, "checkpoint": str(arguments.checkpoint)}
-        target.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(target, **{stored: np.asarray(getattr(encoding, stored)[0])}, facts=json.dumps(facts))
+
+    def work(source, target):
+        files.encode(tokenizer, source, target, arguments.chunk_frames)
+
+    files.run(arguments.source, arguments.target, media.SUFFIXES, lambda path: files.STORED, work)
 
 
 def _decode(arguments) -> None:
+    from .commands import files
+
     tokenizer = _load(arguments)
-    for source, target in _pairs(arguments):
-        try:
-            with np.load(source) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-            facts = json.loads(str(arrays["facts"]))
-        except (ValueError, KeyError, OSError) as error:
-            raise ValueError(f"{source} was not written by `python -m tokenizers encode` ({error}).") from error
-        if "indices" in arrays:
-            pixels = tokenizer.decode_indices(arrays["indices"][None])[0]
-        else:
-            pixels = tokenizer.decode(arrays["latents"][None])[0]
-        pixels = pixels[tuple(slice(0, size) for size in facts["shape"][:-1])]
-        if target.suffix == ".npz":
-            target = target.with_suffix(".png" if len(facts["shape"]) == 3 else ".mp4")
-        media.write(target, media.to_uint8(np.asarray(pixels)), facts["fps"])
+
+    def work(source, target):
+        files.decode(tokenizer, source, target, arguments.chunk_frames)
+
+    def ending(source) -> str:
+        return ".mp4" if len(files.stored_facts(source)["shape"]) == 4 else ".png"
+
+    files.run(arguments.source, arguments.target, (files.STORED,), ending, work)
 
 
 def _reconstruct(arguments) -> None:
+    from .commands import files
+
     tokenizer = _load(arguments)
-    for source, target in _pairs(arguments):
-        item = media.read(source)
-        pixels = media.to_uint8(np.asarray(tokenizer.reconstruct(item.pixels[None])[0]))
-        if arguments.side_by_side:
-            pixels = np.concatenate([item.pixels, pixels], axis=-2)
-        media.write(target, pixels, item.fps)
+
+    def work(source, target):
+        files.reconstruct(tokenizer, source, target, arguments.chunk_frames, arguments.side_by_side)
+
+    def ending(source) -> str:
+        return ".mp4" if media.is_video(source) else ".png"
+
+    files.run(arguments.source, arguments.target, media.SUFFIXES, ending, work)
+
+
+def _tokenize_dataset(arguments) -> None:
+    from .commands import dataset
+
+    data = dataset.pipeline(
+        arguments.source,
+        arguments.kind,
+        tuple(arguments.size),
+        arguments.frames,
+        arguments.fps,
+        arguments.stride,
+        arguments.batch_size,
+        arguments.workers,
+    )
+    made = dataset.tokenize(_load(arguments), data, arguments.target, arguments.shard_items)
+    print(f"{arguments.target}: {made['items']} items in {made['shards']} shards, {made['unusable']} unusable")
+
+
+def _start() -> int:
+    from .parallel import platform
+
+    platform.enable_compilation_cache("~/.cache/tokenizers/compiled")
+    return main()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_start())

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,17 +16,18 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from . import errors, registry, streaming
 from . import pixels as pixel_values
-from . import registry
-from .parallel import rules
+from .parallel import mesh as meshes
+from .parallel import platform, rules
 from .parallel.constrain import constrain
 from .types import Array, Encoding, Spec
 
 _SAVED_CONFIG, _SAVED_WEIGHTS = "tokenizer.json", "weights.safetensors"
-_NAMES = ("batch", "time", "height", "width", "channel")
+_RUN_CONFIG = "config.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer:
     """A tokenizer with its weights.
 
@@ -34,7 +35,7 @@ class Tokenizer:
       module: the Linen module.
       variables: ``{"params": ...}`` and, where the bottleneck keeps statistics, ``"codebook"``.
       name: variant or system it was built from.
-      fields: fields given besides; ``registry.build(name, **fields)`` is ``module``.
+      fields: fields given besides; ``registry.build(name, **fields)`` is ``module``, up to its compute dtype.
       mesh: devices it is laid out over, ``None`` for one device.
     """
 
@@ -43,6 +44,12 @@ class Tokenizer:
     name: str
     fields: Mapping[str, Any]
     mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        codes = f"{spec.codebook_size} codes" if spec.codebook_size else f"{spec.latent_channels} channels, continuous"
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f"<Tokenizer {self.name}: compression {spec.compression}, {codes}, {count / 1e6:.2f} M parameters>"
 
     @property
     def spec(self) -> Spec:
@@ -58,46 +65,88 @@ class Tokenizer:
         """Pixels to latents and indices.
 
         Args:
-          pixels: ``(B, H, W, C)`` images or ``(B, T, H, W, C)`` videos, uint8 in [0, 255] or float in [-1, 1].
-          strict: refuse a frame count or size that does not fit, instead of padding it by repeating the edge.
+          pixels: ``(B, H, W, C)`` images or ``(B, T, H, W, C)`` videos, uint8 in [0, 255] or float in [-1, 1] (not
+            clipped). A video tokenizer takes an image as one frame, an image tokenizer a video frame by frame.
+          strict: refuse a frame count or size that does not fit, instead of padding it by repeating the last frame, row
+            and column.
 
         Returns:
-          `Encoding`; for an image its latents and indices have no time axis.
+          `Encoding` whose grids have a time axis where the pixels have one.
         """
+        pixels = _as_array(pixels)
         pixel_values.check(pixels, self.spec.channels)
-        fitted = _fit(self.spec, tuple(pixels.shape), strict)
-        native, restore = _ranks(self.spec, pixels.ndim)
-        encoding = self._run("encode", native(_pad(pixels, fitted)))
-        return jax.tree.map(lambda leaf: restore(leaf) if jnp.ndim(leaf) else leaf, encoding)
+        pixel_values.fitted(self.spec, _input_size(self.module), tuple(pixels.shape), strict)
+        return self._run(_encode, pixels)
 
     def decode(self, latents) -> Array:
         """Latents to float32 pixels around [-1, 1], not clipped.
 
         Args:
-          latents: as `encode` returns them: ``(B, T', H', W', D)`` gives a video, ``(B, H', W', D)`` an image.
+          latents: as `encode` returns them: ``(B, T', H', W', D)`` gives a video, ``(B, H', W', D)`` an image; those of
+            tokenizers without a grid are ``(B, N, D)``, or ``(B, T, N, D)`` for the frames of a video.
         """
-        native, restore = _ranks(self.spec, jnp.ndim(latents))
-        return restore(self._run("decode", native(jnp.asarray(latents))))
+        latents = _as_array(latents)
+        if latents.ndim < 2 or latents.shape[-1] != self.spec.latent_channels:
+            raise ValueError(
+                f"latents of {self.name} end in {self.spec.latent_channels} channels; got shape {tuple(latents.shape)}."
+            )
+        _extra_axes(self.spec, "latents", latents.shape, latents.ndim - 1)
+        return self._run(_decode, latents)
 
     def decode_indices(self, indices) -> Array:
         """Token ids to pixels; the shape rules of `decode` without the channel axis."""
-        if self.spec.codebook_size is None:
-            raise ValueError(f"{self.name} is continuous: it has no indices. Use decode(latents).")
         return self.decode(self.indices_to_latents(indices))
 
     def indices_to_latents(self, indices) -> Array:
         """Token ids to the codes that `decode` reads."""
-        return self._run("indices_to_latents", jnp.asarray(indices))
+        indices = _as_array(indices)
+        streaming.check_indices(self.spec, self.name, indices)
+        _extra_axes(self.spec, "indices", indices.shape, indices.ndim)
+        return self._run(_indices_to_latents, indices)
 
     def reconstruct(self, pixels) -> Array:
-        """``decode(encode(pixels))`` with the frame count and size of the input."""
-        video = self.decode(self.encode(pixels).latents)
+        """``decode(encode(pixels))`` with the rank, frame count and size of the input."""
+        pixels = _as_array(pixels)
+        decoded = self.decode(self.encode(pixels).latents)
+        decoded = decoded[:, 0] if decoded.ndim > pixels.ndim else decoded
         crop = tuple(slice(0, size) for size in pixels.shape[1:-1])
-        return video[(slice(None), *crop)]
+        return decoded[(slice(None), *crop)]
+
+    def encode_stream(self, chunks: Iterable[Any]) -> Iterator[Encoding]:
+        """Encodes a video of any length in constant memory; together the results are `encode` of the whole video.
+
+        Only for causal video tokenizers. Chunks may have any lengths: frames wait until ``compression[0]`` of them make
+        a latent frame (fewer than that are ever held back), so a short chunk may give no result of its own, and an
+        incomplete last group is filled by repeating the last frame, as in `encode`. Lengths ``1 + k * t`` first and
+        ``k * t`` after, with one k, compile two programs in all.
+
+        Args:
+          chunks: consecutive pixels ``(B, t, H, W, C)``, as in `encode`.
+
+        Yields:
+          `Encoding` of the latent frames that have become complete, in order.
+        """
+        return streaming.encode(self.module, self.name, self._run, chunks)
+
+    def decode_stream(self, chunks: Iterable[Any]) -> Iterator[Array]:
+        """Decodes a video of any length in constant memory; together the results are `decode` of the whole.
+
+        Only for causal video tokenizers.
+
+        Args:
+          chunks: consecutive latents ``(B, t', H', W', D)``, indices ``(B, t', H', W')``, or what `encode_stream`
+            yields.
+
+        Yields:
+          float32 pixels of every chunk: ``compression[0]`` frames per latent frame, but one for the first of all. What
+          `encode_stream` has filled up is decoded too: cut the end to the frames that went in.
+        """
+        return streaming.decode(self.module, self.name, self._run, chunks)
 
     def shard(self, mesh: Mesh) -> Tokenizer:
         """The same tokenizer over a mesh: large parameters over fsdp, inputs over batch and the context axis."""
-        placed = jax.device_put(dict(self.variables), rules.shardings(dict(self.variables), mesh))
+        variables = dict(self.variables)
+        placed = jax.tree.map(_on_devices, variables, rules.shardings(variables, mesh))
         return dataclasses.replace(self, variables=placed, mesh=mesh)
 
     def cast(self, dtype) -> Tokenizer:
@@ -108,85 +157,110 @@ class Tokenizer:
         """Writes weights and config into a new or empty folder that `load` reads."""
         from safetensors.numpy import save_file
 
-        folder = pathlib.Path(folder)
-        if folder.exists() and any(folder.iterdir()):
+        folder = pathlib.Path(folder).expanduser()
+        if folder.is_file() or (folder.exists() and any(folder.iterdir())):
             raise ValueError(f"{folder} is not empty; choose a new folder.")
-        folder.mkdir(parents=True, exist_ok=True)
+        # All fields, so that the folder stays what it is should defaults or the table of variants change; but the
+        # compute dtype is a matter of where it runs.
+        fields = {key: value for key, value in registry.fields_of(self.module).items() if key != "dtype"}
+        config = {"name": self.name, "system": registry.system_of(self.name), "fields": fields}
         flat = traverse_util.flatten_dict(jax.device_get(dict(self.variables)), sep="/")
-        save_file({name: np.ascontiguousarray(value) for name, value in flat.items()}, folder / _SAVED_WEIGHTS)
-        config = {"name": self.name, "fields": _jsonable(self.fields)}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: np.asarray(value, order="C") for name, value in flat.items()}, folder / _SAVED_WEIGHTS)
         (folder / _SAVED_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
-    def _run(self, method: str, value) -> Any:
-        if self.mesh is None:
-            return _compiled(self.module, method)(self.variables, value)
+    def _run(self, function: Callable, *values: Any) -> Any:
+        """A compiled function of (module, variables, ..., value), on the devices of the tokenizer."""
+        if self.mesh is None or isinstance(values[-1], jax.core.Tracer):
+            return function(self.module, self.variables, *values)
         with jax.set_mesh(self.mesh):
-            if not isinstance(value, jax.Array) or not isinstance(value.sharding, NamedSharding):
-                value = jax.device_put(value, NamedSharding(self.mesh, PartitionSpec()))
-            return _compiled(self.module, method)(self.variables, value)
+            return function(self.module, self.variables, *values[:-1], self._placed(values[-1]))
+
+    def _placed(self, value) -> Array:
+        sharding = getattr(value, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh:
+            return value
+        fits = value.shape[0] % meshes.batch_parts(self.mesh) == 0
+        spec = PartitionSpec(meshes.batch_axes(self.mesh)) if fits else PartitionSpec()
+        return _on_devices(value, NamedSharding(self.mesh, spec))
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(module: nn.Module, method: str):
-    """One jitted function per (module, method); jit itself keeps one program per input shape."""
-
-    def apply(variables, value):
-        if method == "encode":
-            value = pixel_values.to_float(value)
-        if value.ndim == len(_NAMES) and method != "indices_to_latents":
-            value = constrain(value, *_NAMES)
-        return module.apply(variables, value, method=method)
-
-    return jax.jit(apply)
+# One program per module and input shape. Padding and changes of rank are part of it.
 
 
-def _ranks(spec: Spec, rank: int):
-    """(function to the module's own rank, function back) for an input of that rank."""
-    if spec.tokens_per_item is not None or (rank == 5) == spec.video:
-        return (lambda x: x), (lambda x: x)
-    if spec.video:  # an image is one frame
-        return (lambda x: x[:, None]), (lambda x: x[:, 0])
-    frames = {}
-
-    def fold(x):
-        frames["shape"] = x.shape[:2]
-        return x.reshape(-1, *x.shape[2:])
-
-    return fold, lambda x: x.reshape(*frames["shape"], *x.shape[1:])
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(module: nn.Module, variables, pixels) -> Encoding:
+    spec = module.spec
+    shape = pixel_values.fitted(spec, _input_size(module), pixels.shape, strict=False)
+    pixels = pixel_values.pad(pixel_values.to_float(pixels), shape)
+    extra = pixels.ndim - (5 if spec.video else 4)
+    encoding = module.apply(variables, _constrained(_folded(pixels, extra)), method="encode")
+    if spec.video and spec.tokens_per_item is not None:  # a clip of one frame has as many tokens as any
+        return encoding
+    return jax.tree.map(lambda leaf: _unfolded(leaf, extra, pixels.shape) if leaf.ndim else leaf, encoding)
 
 
-def _fit(spec: Spec, shape: tuple[int, ...], strict: bool) -> tuple[int, ...]:
-    """The smallest shape that fits the compression and holds ``shape``."""
-    time, height, width = spec.compression
-    wanted = list(shape)
-    wanted[-3], wanted[-2] = -(-shape[-3] // height) * height, -(-shape[-2] // width) * width
-    if spec.video and len(shape) == 5:
-        if spec.first_frame_alone:
-            wanted[1] = 1 + -(-(shape[1] - 1) // time) * time
-        else:
-            wanted[1] = -(-shape[1] // time) * time
-    if strict and tuple(wanted) != shape:
-        frames = f"1 + {time} k" if spec.first_frame_alone else f"{time} k"
-        raise ValueError(
-            f"pixels of shape {shape} do not fit: frames must be {frames}, heights multiples of {height} and widths of "
-            f"{width}; the nearest larger shape is {tuple(wanted)}."
-        )
-    return tuple(wanted)
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(module: nn.Module, variables, latents) -> Array:
+    extra = _extra_axes(module.spec, "latents", latents.shape, latents.ndim - 1)
+    native = _folded(latents, extra)
+    native = _constrained(native) if module.spec.tokens_per_item is None else native
+    decoded = module.apply(variables, native, method="decode")
+    return _unfolded(decoded, extra, latents.shape).astype(jnp.float32)
 
 
-def _pad(pixels, shape: tuple[int, ...]):
-    if tuple(pixels.shape) == shape:
-        return pixels
-    amounts = [(0, wanted - size) for wanted, size in zip(shape, pixels.shape, strict=True)]
-    return jnp.pad(jnp.asarray(pixels), amounts, mode="edge")
+@functools.partial(jax.jit, static_argnums=0)
+def _indices_to_latents(module: nn.Module, variables, indices) -> Array:
+    return module.apply(variables, indices, method="indices_to_latents")
 
 
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_jsonable(item) for item in value]
-    return value
+def _constrained(x: Array) -> Array:
+    names = ("batch", "time", "height", "width", "channel")
+    return constrain(x, *(names if x.ndim == 5 else names[:1] + names[2:]))
+
+
+def _folded(x, extra: int):
+    """To the module's own rank: an image (extra -1) is one frame, the frames of a video (extra 1) are a batch."""
+    if extra < 0:
+        return x[:, None]
+    return x.reshape(-1, *x.shape[2:]) if extra else x
+
+
+def _unfolded(x, extra: int, shape: tuple[int, ...]):
+    """Back from the module's rank to that of the input, whose shape is given."""
+    if extra < 0:
+        return x[:, 0]
+    return x.reshape(*shape[:2], *x.shape[1:]) if extra else x
+
+
+def _extra_axes(spec: Spec, what: str, shape: tuple[int, ...], rank: int) -> int:
+    """How many axes (-1, 0, 1) indices, or latents without their channels, have more than the module's own."""
+    if spec.tokens_per_item is not None:
+        accepted = {2: "(B, N)"} | ({} if spec.video else {3: "(B, T, N)"})
+    else:
+        accepted = {3: "(B, H', W')", 4: "(B, T', H', W')"}
+    if rank not in accepted or 0 in shape:
+        channels = ", each with channels last" if what == "latents" else ""
+        raise ValueError(f"{what} have shape {tuple(shape)}; accepted: {' or '.join(accepted.values())}{channels}.")
+    if spec.tokens_per_item is not None:
+        return rank - 2
+    return rank - (4 if spec.video else 3)
+
+
+def _input_size(module: nn.Module) -> tuple[int, int] | None:
+    return getattr(module, "input_size", None)
+
+
+def _on_devices(value, sharding: NamedSharding) -> Array:
+    """An array that every process has whole, laid out over devices that may belong to several processes."""
+    if sharding.is_fully_addressable or not getattr(value, "is_fully_addressable", True):
+        return jax.device_put(value, sharding)
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _as_array(value):
+    return value if hasattr(value, "shape") else np.asarray(value)
 
 
 def create(name: str, seed: int = 0, **fields: Any) -> Tokenizer:
@@ -199,7 +273,8 @@ def create(name: str, seed: int = 0, **fields: Any) -> Tokenizer:
     """
     module = registry.build(name, **fields)
     pixels = jnp.zeros(registry.example_shape(module), jnp.float32)
-    variables = jax.jit(module.init)(jax.random.key(seed), pixels)
+    initialize = jax.jit(module.init, compiler_options=platform.initialization_options())
+    variables = initialize(jax.random.key(seed), pixels)
     return Tokenizer(module, dict(variables), name, fields)
 
 
@@ -209,7 +284,7 @@ def load(source: str | pathlib.Path, model: str | None = None, step: int | None 
     Args:
       source: a run of train.py (its EMA weights), a folder of `Tokenizer.save`, or an official weight file
         (.safetensors .pth .pt .ckpt .bin .jit), which needs ``model``.
-      model: released variant that an official file belongs to.
+      model: released variant, or system, that an official file belongs to.
       step: checkpoint of a run; default the latest.
       **fields: with an official file, fields that differ from the variant's.
 
@@ -219,23 +294,38 @@ def load(source: str | pathlib.Path, model: str | None = None, step: int | None 
     path = pathlib.Path(source).expanduser()
     if not path.exists():
         raise ValueError(f"{path} does not exist; accepted: a run of train.py, a saved folder, or a weight file.")
+    is_run = (path / _RUN_CONFIG).is_file()
+    if step is not None and not is_run:
+        raise ValueError(f"step={step} belongs to a run of train.py, which {path} is not.")
     if path.is_file():
         return _from_file(path, model, fields)
     if model is not None or fields:
         raise ValueError(f"{path} is a folder and knows its model; model= and fields belong to official weight files.")
     if (path / _SAVED_CONFIG).is_file():
         return _from_saved(path)
-    return _from_run(path, step)
+    if is_run:
+        return _from_run(path, step)
+    raise ValueError(
+        f"{path} holds neither {_RUN_CONFIG} (a run of train.py) nor {_SAVED_CONFIG} (a saved tokenizer); to load an "
+        "official weight file, give the file itself and model=."
+    )
 
 
 def _from_saved(folder: pathlib.Path) -> Tokenizer:
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    config = json.loads((folder / _SAVED_CONFIG).read_text())
-    module = registry.build(config["name"], **config["fields"])
-    variables = traverse_util.unflatten_dict(load_file(folder / _SAVED_WEIGHTS), sep="/")
+    try:
+        config = json.loads((folder / _SAVED_CONFIG).read_text())
+        name, fields = config["name"], config["fields"]
+        variables = traverse_util.unflatten_dict(load_file(folder / _SAVED_WEIGHTS), sep="/")
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(
+            f"the saved tokenizer {folder} is incomplete or damaged ({type(error).__name__}: {error}); save it again."
+        ) from error
+    module = registry.build(name, **fields)
     _same_tree(registry.abstract_variables(module), variables, folder)
-    return Tokenizer(module, jax.tree.map(jnp.asarray, variables), config["name"], config["fields"])
+    return Tokenizer(module, jax.tree.map(jnp.asarray, variables), name, fields)
 
 
 def _same_tree(expected: Any, found: Any, where: pathlib.Path) -> None:
@@ -269,8 +359,8 @@ def _from_file(path: pathlib.Path, model: str | None, fields: Mapping[str, Any])
             f"{path} is a weight file; say which tokenizer it belongs to: load({str(path)!r}, model=...), one of: "
             f"{', '.join(registry.available())}."
         )
-    module = registry.build(model, **fields)
-    return _converted(module, registry.variants()[model][0], files.read_state_dict(path), model, fields)
+    module, table = registry.build(model, **fields), _table(registry.system_of(model))
+    return _converted(module, table, files.read_state_dict(path), model, fields)
 
 
 def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[str, np.ndarray]) -> Tokenizer:
@@ -284,24 +374,23 @@ def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[st
     Raises:
       ValueError: for an unknown system, or a missing, unexpected or misshapen tensor, by name.
     """
-    fields = _table(system).fields_from_official(config)
-    return _converted(registry.build(system, **fields), system, state_dict, system, fields)
+    table = _table(system)
+    fields = table.fields_from_official(config)
+    return _converted(registry.build(system, **fields), table, state_dict, system, fields)
 
 
 def _table(system: str):
-    import importlib
+    """The conversion file of a system."""
+    from . import convert
 
-    from . import convert, errors
-
-    converted = convert.systems()
-    if system not in converted:
-        raise errors.unknown("system with official weights", system, converted)
-    return importlib.import_module(f".convert.{system}", __package__)
+    known = convert.systems()
+    if system not in known:
+        raise errors.unknown("system with official weights", system, known)
+    return known[system]
 
 
-def _converted(module, system: str, state_dict, name: str, fields) -> Tokenizer:
+def _converted(module: nn.Module, table, state_dict: Mapping[str, np.ndarray], name: str, fields) -> Tokenizer:
     from .convert import engine
 
-    table = _table(system)
     variables = engine.to_tree(table.TABLE, registry.abstract_variables(module), state_dict, ignore=table.IGNORE)
     return Tokenizer(module, jax.tree.map(jnp.asarray, variables), name, fields)

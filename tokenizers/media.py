@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
 from . import errors
+from .data.records import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".gif")
-SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+SUFFIXES = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
+WRITABLE_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+WRITABLE_VIDEOS = (".mp4", ".mkv", ".mov", ".avi")
+
+_FALLBACK_FPS = 25.0  # of containers that do not say
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A picture ``(H, W, 3)`` or a video ``(T, H, W, 3)``, uint8 RGB, and the video's frames per second (0 for pictures)."""
+    """A picture ``(H, W, 3)`` or video ``(T, H, W, 3)``, uint8 RGB, and its frames per second (0 for a picture)."""
 
     pixels: np.ndarray
     fps: float
+
+
+def is_video(path: str | pathlib.Path) -> bool:
+    """Whether a file name has the ending of a video.
+
+    Raises:
+      ValueError: for an ending that is neither a picture's nor a video's.
+    """
+    suffix = pathlib.Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise errors.unknown("file ending", suffix, SUFFIXES)
+    return suffix in VIDEO_EXTENSIONS
 
 
 def read(path: str | pathlib.Path) -> Item:
@@ -28,60 +47,154 @@ def read(path: str | pathlib.Path) -> Item:
     Raises:
       ValueError: for an unknown ending or an unreadable file.
     """
-    path = pathlib.Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise errors.unknown("file ending", suffix, SUFFIXES)
+    if is_video(path):
+        with open_video(path) as video:
+            return Item(np.stack(list(video)), video.fps)
+    return Item(read_image(path), 0.0)
+
+
+def read_image(path: str | pathlib.Path) -> np.ndarray:
+    """A picture file as uint8 RGB ``(H, W, 3)``, upright.
+
+    Raises:
+      ValueError: for an unreadable file.
+    """
     from .data import decode, records
 
     try:
-        if suffix in IMAGE_SUFFIXES:
-            return Item(decode.decode_image(str(path)), 0.0)
-        return Item(*_whole_video(path))
+        return decode.decode_image(str(path))
     except records.Unusable as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _whole_video(path: pathlib.Path) -> tuple[np.ndarray, float]:
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """An open video file: an iterator over its frames, uint8 RGB ``(H, W, 3)``, upright, and what its header says.
+
+    ``frames`` is 0 where the header does not say how many there are.
+    """
+
+    fps: float
+    frames: int
+    _decoded: Iterator[np.ndarray]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self._decoded
+
+
+@contextlib.contextmanager
+def open_video(path: str | pathlib.Path) -> Iterator[Video]:
+    """Opens a video for reading frame by frame.
+
+    Raises:
+      ValueError: for an unreadable file, an empty one, or one whose frames change their size.
+    """
     import av
 
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            fps = float(stream.average_rate or 25)
-            frames = [
-                np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90) % 4) for f in container.decode(stream)
-            ]
-    except (av.FFmpegError, IndexError) as error:
+        container = av.open(str(path), metadata_errors="ignore")
+    except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{path} is not a readable video ({error}).") from error
-    if not frames:
+    with container:
+        if not container.streams.video:
+            raise ValueError(f"{path} holds no video.")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        yield Video(float(stream.average_rate or _FALLBACK_FPS), stream.frames, _frames(path, container, stream))
+
+
+def _frames(path, container, stream) -> Iterator[np.ndarray]:
+    import av
+
+    shape = None
+    try:
+        for frame in container.decode(stream):
+            pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+            if shape not in (None, pixels.shape):
+                raise ValueError(f"{path}: the frame size changes from {shape[:2]} to {pixels.shape[:2]}.")
+            shape = pixels.shape
+            yield np.ascontiguousarray(pixels)
+    except av.FFmpegError as error:
+        raise ValueError(f"{path} is damaged ({error}).") from error
+    if shape is None:
         raise ValueError(f"{path} holds no video frame.")
-    return np.stack(frames), fps
-
-
-def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Float pixels in [-1, 1] to uint8, clipped and rounded."""
-    return np.round((np.clip(np.asarray(pixels, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def write(path: str | pathlib.Path, pixels: np.ndarray, fps: float = 0.0) -> None:
-    """Writes uint8 ``(H, W, 3)`` as a picture or ``(T, H, W, 3)`` as a video; makes the folder.
+    """Writes uint8 ``(H, W, 3)`` as a picture or ``(T, H, W, 3)`` as a video (12 frames per second unless given).
 
     Raises:
       ValueError: when the file's ending does not fit what is to be written.
     """
-    path = pathlib.Path(path)
-    accepted = IMAGE_SUFFIXES if pixels.ndim == 3 else VIDEO_SUFFIXES
-    if path.suffix.lower() not in accepted:
-        what = "a picture" if pixels.ndim == 3 else "a video"
-        raise ValueError(f"{path}: {what} cannot be written with that ending. Accepted: {', '.join(accepted)}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if pixels.ndim == 3:
-        import PIL.Image
-
-        PIL.Image.fromarray(pixels).save(path)
+    if pixels.ndim == 4:
+        with VideoWriter(path, fps or 12.0) as writer:
+            writer.add(pixels)
         return
-    from .evaluate.pictures import write_mp4
+    import PIL.Image
 
-    write_mp4(path, pixels, fps or 12.0)
+    path = check_target(path, video=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lossy = path.suffix.lower() in (".jpg", ".jpeg", ".webp")
+    PIL.Image.fromarray(pixels).save(path, **({"quality": 95} if lossy else {}))
+
+
+def check_target(path: str | pathlib.Path, video: bool) -> pathlib.Path:
+    """The path, if its ending is one that `write` can write.
+
+    Raises:
+      ValueError: with the accepted endings.
+    """
+    path = pathlib.Path(path)
+    accepted, what = (WRITABLE_VIDEOS, "a video") if video else (WRITABLE_IMAGES, "a picture")
+    if path.suffix.lower() not in accepted:
+        raise ValueError(f"{path}: {what} cannot be written with that ending. Accepted: {', '.join(accepted)}.")
+    return path
+
+
+class VideoWriter:
+    """Writes a video frame by frame; makes the folder, and removes the file when an error ends the ``with`` block.
+
+    H.264 (MPEG-4 where PyAV lacks it) at high quality with 4:2:0 colour. That needs even sizes: odd ones are kept by
+    writing 4:4:4 colour instead, which some players cannot show. MPEG-4 cannot do that: it refuses odd sizes.
+    """
+
+    def __init__(self, path: str | pathlib.Path, fps: float):
+        self.path = check_target(path, video=True)
+        self._fps = Fraction(fps).limit_denominator(1000)
+        self._container: Any = None
+        self._stream: Any = None
+
+    def add(self, frames: np.ndarray) -> None:
+        """Appends uint8 frames ``(T, H, W, 3)``."""
+        import av
+
+        if self._container is None:
+            self._open(frames.shape[1], frames.shape[2])
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            self._container.mux(self._stream.encode(picture))
+
+    def _open(self, height: int, width: int) -> None:
+        import av
+
+        h264, odd = "libx264" in av.codecs_available, bool(height % 2 or width % 2)
+        if odd and not h264:
+            raise ValueError(f"{self.path}: this PyAV has no H.264 encoder, and MPEG-4 cannot hold {height}x{width}.")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._container = av.open(str(self.path), "w")
+        options = {"crf": "14"} if h264 else {"q:v": "2"}
+        self._stream = self._container.add_stream("libx264" if h264 else "mpeg4", rate=self._fps, options=options)
+        self._stream.height, self._stream.width = height, width
+        self._stream.pix_fmt = "yuv444p" if odd else "yuv420p"
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._container is None:
+            return
+        if kind is None:
+            self._container.mux(self._stream.encode(None))
+        self._container.close()
+        if kind is not None:
+            self.path.unlink(missing_ok=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import math
 import pkgutil
 from collections.abc import Mapping
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -36,40 +37,84 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(variants()))
 
 
+def system_of(name: str) -> str:
+    """The system of a released variant, or of the system itself.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    known = variants()
+    if name in known:
+        return known[name][0]
+    if name in systems():
+        return name
+    raise errors.unknown("tokenizer", name, [*available(), *systems()])
+
+
 def build(name: str, **fields: Any) -> nn.Module:
     """The Linen module of a variant or of a system, with fields overridden.
 
     Args:
       name: a released variant (its fields are the start), or a system (its defaults are).
-      **fields: fields of the system's ``Model``; ``bottleneck`` is a mapping ``{"name": ..., fields}``.
+      **fields: fields of the system's ``Model``; ``bottleneck`` is a module, or a mapping ``{"name": ..., fields}``.
 
     Raises:
       ValueError: for an unknown name or field.
     """
-    known = variants()
+    system, known = system_of(name), variants()
     if name in known:
-        system, entry = known[name]
-        fields = dict(entry.config) | fields
-    elif name in systems():
-        system = name
-    else:
-        raise errors.unknown("tokenizer", name, [*available(), *systems()])
+        fields = dict(known[name][1].config) | fields
     model = systems()[system].Model
-    accepted = [field for field in model.__dataclass_fields__ if field not in ("parent", "name")]
+    accepted = [field for field in model.__dataclass_fields__ if field not in _LINEN_FIELDS]
     for field in fields:
         if field not in accepted:
             raise errors.unknown(f"field of {system}", field, accepted)
-    return model(**{field: _attribute(value) for field, value in fields.items()})
+    return model(**{field: _attribute(field, value) for field, value in fields.items()})
 
 
-def _attribute(value: Any) -> Any:
+_LINEN_FIELDS = ("parent", "name")
+
+
+def _attribute(field: str, value: Any) -> Any:
     """Linen attributes must be hashable: lists become tuples, a mapping with a name becomes its bottleneck."""
     if isinstance(value, Mapping):
-        fields = {key: _attribute(item) for key, item in value.items()}
+        fields = {key: _attribute(key, item) for key, item in value.items()}
+        if "name" not in fields:
+            raise ValueError(f"{field}={dict(value)!r} lacks its 'name'. Accepted: {', '.join(quantize.BOTTLENECKS)}.")
         return quantize.create(fields.pop("name"), **fields)
     if isinstance(value, (list, tuple)):
-        return tuple(_attribute(item) for item in value)
+        return tuple(_attribute(field, item) for item in value)
+    if field == "dtype" and value is not None:
+        return getattr(jnp, jnp.dtype(value).name)  # "bfloat16" in a saved config is jnp.bfloat16
     return value
+
+
+def fields_of(module: nn.Module) -> dict[str, Any]:
+    """All fields of a model or bottleneck as JSON values; `build` makes the same module of them.
+
+    Raises:
+      ValueError: for a field without such a value that is not at its default (a function, say).
+    """
+    found = {}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        if field.name in _LINEN_FIELDS or (isinstance(value, FunctionType) and value is field.default):
+            continue
+        found[field.name] = _as_data(field.name, value)
+    return found
+
+
+def _as_data(field: str, value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_as_data(field, item) for item in value]
+    if isinstance(value, nn.Module):
+        names = {cls: name for name, (_, cls) in quantize.BOTTLENECKS.items()}
+        return {"name": errors.pick("bottleneck", type(value).__name__, names)} | fields_of(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if field == "dtype":
+        return jnp.dtype(value).name
+    raise ValueError(f"the field {field}={value!r} of the model cannot be written to a file.")
 
 
 def example_shape(module: nn.Module) -> tuple[int, ...]:
@@ -93,7 +138,7 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Facts about a released variant: compression, codebook or channels, parameters, causality, paper, source, licence."""
+    """Facts about a released variant: compression, codebook or channels, parameters, paper, source, licence, ..."""
     known = variants()
     if name not in known:
         raise errors.unknown("variant", name, known)

@@ -24,7 +24,7 @@ class Encoding:
       indices: int32 token ids, the shape of ``latents`` without the channel axis; ``None`` for continuous tokenizers.
       mean: posterior mean of a KL tokenizer, else ``None``.
       logvar: posterior log-variance of a KL tokenizer, else ``None``.
-      losses: named, unweighted float32 scalars of the bottleneck (``commitment``, ``codebook``, ``entropy``, ``kl``, ...).
+      losses: named, unweighted float32 scalars of the bottleneck (``commitment``, ``codebook``, ``kl``, ...).
     """
 
     latents: Array

@@ -1,6 +1,6 @@
 """Decoded frames per second of a data config, next to what the model consumes.
 
-    python -m tokenizers.data.benchmark --source=auto --path=/data/clips --frames=17 --height=256 --width=256
+    python -m tokenizers.data.benchmark --path=/data/clips --frames=17 --height=256 --width=256
     python -m tokenizers.data.benchmark --config=configs/quickstart.py --run=/tmp/quickstart
 
 Each line is one number of worker processes. Start-up is left out: the clock starts after the first batches.
@@ -13,6 +13,7 @@ import glob
 import importlib.util
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -73,7 +74,7 @@ def load_config(path: str) -> Any:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tokenizers.data.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--config", help="a config file; its data part is measured, the options below are not used")
-    parser.add_argument("--source", default="embedded")
+    parser.add_argument("--source", default="", help="kind of data; default: found out from the path, or embedded")
     parser.add_argument("--path", default="")
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--height", type=int, default=64)
@@ -119,4 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -106,7 +106,8 @@ class PatchDiscriminator(nn.Module):
         of images or of clips. The last convolution has stride 1.
       kernel: size of all kernels along every axis; each convolution pads 1 on every side.
       norm: between convolution and activation of all hidden layers but the first: ``batch``, ``actnorm``, ``group``
-        (32 groups, or the largest power of two that divides the channels) or ``none``. With ``batch`` those convolutions have no bias.
+        (32 groups, or the largest power of two that divides the channels) or ``none``. With ``batch`` those
+        convolutions have no bias.
       slope: of the leaky ReLU for negative values.
       dtype: compute dtype; parameters, statistics and logits are float32.
     """

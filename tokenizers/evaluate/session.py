@@ -63,19 +63,20 @@ def evaluate_checkpoint(
 def _default_folder(source: pathlib.Path) -> pathlib.Path:
     if (source / "config.json").is_file():
         return source / "evaluation"
-    return source.parent / f"evaluation_{source.stem}"
+    return source.parent / f"evaluation_{source.stem if source.is_file() else source.name}"
 
 
 def _data(source: pathlib.Path, config: Mapping[str, Any]) -> Pipeline:
-    """The config's own data, or the held-out split of the run."""
+    """All of the config's own data (or what its ``held_out`` says), or the held-out split of the run."""
     place = {"process_index": jax.process_index(), "process_count": jax.process_count(), "split": "held_out"}
-    if config["data"]["source"] or config["data"]["path"]:
-        return Pipeline(config["data"], seed=0, **place)
+    data = config["data"]
+    if data["source"] or data["path"]:
+        return Pipeline({**data, "held_out": data["held_out"] or data["path"]}, seed=0, **place)
     saved = source / "config.json"
     if not saved.is_file():
         raise ValueError(
-            f"{source} is not a run of train.py, so it has no held-out data of its own: set --config.data.path=<folder> "
-            "or --config.data.source=embedded."
+            f"{source} is not a run of train.py, so it has no held-out data of its own: "
+            "set --config.data.path=<folder> or --config.data.source=embedded."
         )
     run = json.loads(saved.read_text())
     return Pipeline(run["data"], seed=run["seed"], **place)

@@ -12,10 +12,9 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from ..nn.conv import CausalConv3d, FactorizedConv3d
+from ..nn.conv import CausalConv3d, FactorizedConv3d, starts_clip
 from ..nn.norm import GroupNorm
 from ..nn.resample import (
     CausalTimeDownsample,
@@ -35,6 +34,11 @@ from ..types import Array, Encoding, Spec, Variant
 
 SYSTEM = "causal3d"
 
+# The network starts as a linear autoencoder (patches, averages, repetition, 1x1 convolutions); what is not linear
+# starts small and grows. From a start at full scale, the first hundreds of steps go into undoing it.
+_SMALL = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
+_ZEROS = nn.initializers.zeros_init()
+
 _AXES = ("batch", "time", "height", "width", "channel")
 
 
@@ -50,7 +54,7 @@ class ResBlock(nn.Module):
         h = FactorizedConv3d(
             self.features,
             dtype=self.dtype,
-            kernel_init=nn.initializers.variance_scaling(0.1, "fan_in", "normal"),
+            kernel_init=_SMALL,
             name="conv2",
         )(self._activate(h, "norm2"))
         if x.shape[-1] != self.features:
@@ -80,6 +84,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, pixels: Array) -> Array:  # (b 1+k*t h w c) -> (b 1+k h' w' d)
         block = nn.remat(ResBlock) if self.remat else ResBlock
+        first = starts_clip(self)
         x = space_to_depth(pixels.astype(self.dtype), (self.patch, self.patch))
         x = CausalConv3d(self.channels[0], dtype=self.dtype, name="conv_in")(x)
         for level, features in enumerate(self.channels):
@@ -87,13 +92,15 @@ class Encoder(nn.Module):
                 x = block(features, self.dtype, name=f"level{level}_block{i}")(x)
             if self.space_down[level]:
                 kept = average_pool(x, (2, 2))
-                x = kept + Downsample(features, dtype=self.dtype, name=f"level{level}_space")(x)
+                x = kept + Downsample(features, dtype=self.dtype, kernel_init=_SMALL, name=f"level{level}_space")(x)
             if self.time_down[level]:
-                kept = causal_average_pool_time(x, 2)
-                x = kept + CausalTimeDownsample(features, dtype=self.dtype, name=f"level{level}_time")(x)
+                kept = causal_average_pool_time(x, 2, first_frame_alone=first)
+                x = kept + CausalTimeDownsample(
+                    features, dtype=self.dtype, kernel_init=_SMALL, name=f"level{level}_time"
+                )(x)
         x = block(self.channels[-1], self.dtype, name="middle")(x)
         h = nn.swish(_norm(x.shape[-1], self.dtype, "norm_out")(x))
-        h = CausalConv3d(self.out_channels, dtype=self.dtype, name="conv_out")(h)
+        h = CausalConv3d(self.out_channels, dtype=self.dtype, kernel_init=_ZEROS, name="conv_out")(h)
         return h + CausalConv3d(self.out_channels, 1, dtype=self.dtype, name="linear_out")(x)
 
 
@@ -112,6 +119,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, latents: Array) -> Array:  # (b 1+k h' w' d) -> (b 1+k*t h w c)
         block = nn.remat(ResBlock) if self.remat else ResBlock
+        first = starts_clip(self)
         x = CausalConv3d(self.channels[-1], dtype=self.dtype, name="conv_in")(latents.astype(self.dtype))
         x = block(self.channels[-1], self.dtype, name="middle")(x)
         for level in reversed(range(len(self.channels))):
@@ -119,16 +127,19 @@ class Decoder(nn.Module):
             if level + 1 < len(self.channels):
                 x = CausalConv3d(features, 1, dtype=self.dtype, name=f"level{level}_in")(x)
             if self.time_down[level]:
-                kept = causal_upsample_time(x, 2)
-                x = kept + CausalTimeUpsample(features, dtype=self.dtype, name=f"level{level}_time")(x)
+                kept = causal_upsample_time(x, 2, first_frame_alone=first)
+                x = kept + CausalTimeUpsample(
+                    features, dtype=self.dtype, kernel_init=_SMALL, name=f"level{level}_time"
+                )(x)
             if self.space_down[level]:
                 kept = upsample_nearest(x, (2, 2))
-                x = kept + Upsample(features, dtype=self.dtype, name=f"level{level}_space")(x)
+                x = kept + Upsample(features, dtype=self.dtype, kernel_init=_SMALL, name=f"level{level}_space")(x)
             for i in range(self.blocks):
                 x = block(features, self.dtype, name=f"level{level}_block{i}")(x)
         h = nn.swish(_norm(x.shape[-1], self.dtype, "norm_out")(x))
-        h = CausalConv3d(self.pixel_channels * self.patch**2, dtype=self.dtype, name="conv_out")(h)
-        x = h + CausalConv3d(self.pixel_channels * self.patch**2, 1, dtype=self.dtype, name="linear_out")(x)
+        size = self.pixel_channels * self.patch**2
+        h = CausalConv3d(size, dtype=self.dtype, kernel_init=_ZEROS, name="conv_out")(h)
+        x = h + CausalConv3d(size, 1, dtype=self.dtype, name="linear_out")(x)
         return depth_to_space(x, (self.patch, self.patch)).astype(jnp.float32)
 
 

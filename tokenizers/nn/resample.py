@@ -8,7 +8,7 @@ Causal time variants keep the first frame apart: ``1 + k * f`` frames go to ``1 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -153,6 +153,7 @@ class Downsample(nn.Module):
     padding_mode: str = "zeros"
     use_bias: bool = True
     dtype: Any = None
+    kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # (... h w c) -> (... h/f w/f d)
@@ -164,6 +165,7 @@ class Downsample(nn.Module):
             self.padding_mode,
             use_bias=self.use_bias,
             dtype=self.dtype,
+            kernel_init=self.kernel_init,
             name="conv",
         )(x)
 
@@ -177,6 +179,7 @@ class Upsample(nn.Module):
     padding_mode: str = "zeros"
     use_bias: bool = True
     dtype: Any = None
+    kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # (... h w c) -> (... f*h f*w d)
@@ -187,6 +190,7 @@ class Upsample(nn.Module):
             padding_mode=self.padding_mode,
             use_bias=self.use_bias,
             dtype=self.dtype,
+            kernel_init=self.kernel_init,
             name="conv",
         )(x)
 
@@ -200,6 +204,7 @@ class CausalTimeDownsample(nn.Module):
     time_mode: str = "replicate"
     use_bias: bool = True
     dtype: Any = None
+    kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # (b 1+k*f h w c) -> (b 1+k h w d)
@@ -210,6 +215,7 @@ class CausalTimeDownsample(nn.Module):
             time_mode=self.time_mode,
             use_bias=self.use_bias,
             dtype=self.dtype,
+            kernel_init=self.kernel_init,
             name="conv",
         )(x)
 
@@ -223,6 +229,7 @@ class CausalTimeUpsample(nn.Module):
     time_mode: str = "replicate"
     use_bias: bool = True
     dtype: Any = None
+    kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # (b 1+k h w c) -> (b 1+k*f h w d)
@@ -233,6 +240,7 @@ class CausalTimeUpsample(nn.Module):
             time_mode=self.time_mode,
             use_bias=self.use_bias,
             dtype=self.dtype,
+            kernel_init=self.kernel_init,
             name="conv",
         )(x)
 

@@ -59,21 +59,38 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process loads the rows ``[index * B / count, (index + 1) * B / count)`` of a batch of B.
+
+    Not the process index and count where the context axis spans processes: those then load the same rows.
+    """
+    parts = batch_parts(mesh)
+    places = NamedSharding(mesh, PartitionSpec(batch_axes(mesh))).addressable_devices_indices_map((parts,))
+    mine = sorted({row for (rows,) in places.values() for row in range(parts)[rows]})
+    if parts % len(mine) or mine[0] % len(mine) or mine[-1] - mine[0] + 1 != len(mine):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives this process the parts {mine} of {parts} of a batch; they must be one "
+            "aligned block. Choose sizes that are multiples of each other, in the order of the devices."
+        )
+    return mine[0] // len(mine), parts // len(mine)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def global_batch(mesh: Mesh, local: np.ndarray) -> jax.Array:
-    """One global array from the part of the batch ``(B / processes, ...)`` that each process has loaded.
+    """One global array from the rows of the batch that each process has loaded (`batch_share`).
 
     Raises:
       ValueError: when the mesh does not divide the global batch.
     """
-    total, parts = local.shape[0] * jax.process_count(), batch_parts(mesh)
+    total, parts = local.shape[0] * batch_share(mesh)[1], batch_parts(mesh)
     if total % parts:
         raise ValueError(
             f"a batch of {total} items cannot be split over {parts} devices (mesh {dict(mesh.shape)}); "
             f"use a multiple of {parts}."
         )
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(batch_axes(mesh))), local)
+    placement = NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
+    return jax.make_array_from_process_local_data(placement, local, (total, *local.shape[1:]))

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+
+from .. import errors
+
+_MODES = ("off", "auto", "manual")
 
 
 def initialize(config: Mapping) -> None:
@@ -18,12 +23,16 @@ def initialize(config: Mapping) -> None:
         ``manual`` with ``coordinator`` ("host:port"), ``processes`` and ``process``.
     """
     mode = config["mode"]
+    if mode not in _MODES:
+        raise errors.unknown("config.distributed.mode", mode, _MODES)
+    if mode == "off" or jax.distributed.is_initialized():
+        return
     if mode == "auto":
         jax.distributed.initialize()
-    elif mode == "manual":
-        jax.distributed.initialize(config["coordinator"], config["processes"], config["process"])
-    elif mode != "off":
-        raise ValueError(f"unknown config.distributed.mode {mode!r}. Accepted: off, auto, manual.")
+        return
+    if not config["coordinator"]:
+        raise ValueError("config.distributed.mode='manual' needs config.distributed.coordinator='host:port'.")
+    jax.distributed.initialize(config["coordinator"], config["processes"], config["process"])
 
 
 def is_main() -> bool:
@@ -31,10 +40,23 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Waits until every process is here."""
+def on_main(action: Callable[[], None]) -> None:
+    """Runs ``action`` on the first process while the others wait; where it fails, every process raises.
+
+    Raises:
+      ValueError: what ``action`` raised, or, on the other processes, that it did.
+    """
+    error = None
+    if is_main():
+        try:
+            action()
+        except ValueError as refused:
+            error = refused
+    failed = error is not None
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
+    if failed:
+        raise error or ValueError("the first process of this run stopped; its message says why.")
 
 
 class StopRequest:
@@ -53,10 +75,10 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Turns SIGTERM (preemption) and the first SIGINT into a `StopRequest`; a second Ctrl-C interrupts at once.
 
-    In a distributed run JAX's own preemption service catches SIGTERM and agrees on a step.
+    In a distributed run JAX's own preemption service catches SIGTERM and agrees on a step, and Ctrl-C interrupts.
     """
     request = StopRequest()
-    watched = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+    watched = () if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
     previous = {}
 
     def handle(number, frame):

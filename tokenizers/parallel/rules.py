@@ -6,6 +6,7 @@ paths instead of boxed metadata keep parameter trees plain dictionaries for conv
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .. import errors
 
 Rule = tuple[str, str | tuple]
 
@@ -31,10 +34,13 @@ def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[Rule],
     Args:
       path: its ``a/b/c`` path; the first rule whose expression is found in it decides.
       shape: its shape.
-      mesh: the mesh; axes it lacks are dropped.
+      mesh: the mesh; its axes are ``data``, ``fsdp`` and ``context`` (whatever the context splits).
       rules: pairs (expression, placement); a placement is ``"fsdp"`` (the default below), ``"replicate"``, or a tuple
         with one mesh axis name or ``None`` per array axis.
       smallest: arrays with fewer elements are replicated by the default.
+
+    Raises:
+      ValueError: for a placement that the shape or the mesh does not allow.
     """
     placement: Any = next((place for pattern, place in rules if re.search(pattern, path)), "fsdp")
     if placement == "replicate" or mesh.size == 1:
@@ -46,7 +52,33 @@ def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[Rule],
             f"sharding rule for {path!r} says {placement!r}; accepted: 'fsdp', 'replicate', or one mesh axis or None "
             f"per axis of its shape {tuple(shape)}."
         )
-    return PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in placement))
+    axes = [_mesh_axis(axis, mesh) for axis in placement]
+    for size, axis in zip(shape, axes, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"sharding rule for {path!r} splits {size} of its shape {tuple(shape)} over {mesh.shape[axis]} devices "
+                f"of mesh axis {axis!r}, which does not divide it."
+            )
+    return PartitionSpec(*axes)
+
+
+def _mesh_axis(name: str | None, mesh: Mesh) -> str | None:
+    """The axis of the mesh that a rule means; ``context`` stands for context_height and its siblings."""
+    known = {axis.split("_")[0]: axis for axis in mesh.axis_names} | {axis: axis for axis in mesh.axis_names}
+    return None if name is None else errors.pick("mesh axis in a sharding rule", name, known)
+
+
+def check_used(rules: Sequence[Rule], tree: Any) -> None:
+    """Refuses a rule whose expression is found in no path of ``tree``.
+
+    Raises:
+      ValueError: with the expression and the nearest path.
+    """
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    for pattern, _ in rules:
+        if not any(re.search(pattern, name) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+            raise ValueError(f"sharding rule {pattern!r} matches no parameter; the nearest are {', '.join(near)}.")
 
 
 def _largest_divisible(shape: Sequence[int], mesh: Mesh, smallest: int) -> PartitionSpec:

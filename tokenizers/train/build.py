@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from .. import api, errors, registry
+from .. import api, errors, pixels, registry
 from ..discriminators import patchgan
 from ..losses import adversarial, balance
 from ..parallel import platform, rules
-from ..parallel.mesh import replicated
+from ..parallel.mesh import batch_parts, replicated
 from . import objective, optim
 from .config import write_atomically
 from .state import AdversaryState, TrainState, new_state
 from .step import Adversary, Recipe
 
+_NO_DISCRIMINATOR = (None, "", "None")  # the last is what --config.discriminator.name=None gives
 _DISCRIMINATORS = {"patchgan_2d": patchgan.patchgan_2d, "patchgan_3d": patchgan.patchgan_3d}
 
 
@@ -53,7 +54,7 @@ def _model_fields(config: Mapping) -> tuple[str, dict[str, Any]]:
 
 def _adversary(config: Mapping, dtype) -> Adversary | None:
     part = config["discriminator"]
-    if part["name"] is None:
+    if part["name"] in _NO_DISCRIMINATOR:
         return None
     make = errors.pick("discriminator", part["name"], _DISCRIMINATORS)
     weighting = balance.constant_weight(part["weight"])
@@ -70,7 +71,7 @@ def _adversary(config: Mapping, dtype) -> Adversary | None:
         discriminator_loss=errors.pick(
             "discriminator loss", part["discriminator_loss"], dict(adversarial.DISCRIMINATOR)
         ),
-        optimizer=optim.make(part["optimizer"], config["steps"])[0],
+        optimizer=optim.make(part["optimizer"], max(config["steps"] - part["start"], 1))[0],  # its steps begin there
         weight=weighting,
         factor=part["factor"],
         start=part["start"],
@@ -79,6 +80,7 @@ def _adversary(config: Mapping, dtype) -> Adversary | None:
         lecam_decay=part["lecam_decay"],
         r1_weight=part["r1_weight"],
         r1_every=part["r1_every"],
+        ema_decay=part["ema_decay"],
         fresh_forward=part["fresh_forward"],
     )
 
@@ -100,32 +102,72 @@ def _adversary_state(config: Mapping, adversary: Adversary | None, key) -> Adver
         return None
     streams = config["data"]["streams"].values()
     height, width = next(iter(streams))["resolutions"][0]
-    pixels = jnp.zeros((1, max(stream["frames"] for stream in streams), height, width, 3))
-    variables = dict(adversary.module.init(key, pixels))
+    example = jnp.zeros((1, max(stream["frames"] for stream in streams), height, width, 3))
+    variables = dict(adversary.module.init(key, example))
     params = variables.pop("params")
     return AdversaryState(
         params=params,
         statistics=variables,
+        ema=jax.tree.map(jnp.copy, params) if adversary.ema_decay else None,
         optimizer=adversary.optimizer.init(params),
         lecam=adversarial.lecam_init(),
-        balance=adversary.weight.init(pixels),
+        balance=adversary.weight.init(example),
     )
 
 
 def abstract_state(config: Mapping, parts: Recipe, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of the state, without computing it."""
+    """Shapes and shardings of the state, without computing it.
+
+    Raises:
+      ValueError: for sharding rules that match nothing or do not fit.
+    """
     shapes = jax.eval_shape(_initializer(config, parts))
+    placements = _rules(config)
+    rules.check_used(placements, shapes)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
-        rules.shardings(shapes, mesh),
+        rules.shardings(shapes, mesh, placements, config["mesh"]["smallest"]),
     )
+
+
+def _rules(config: Mapping) -> tuple[rules.Rule, ...]:
+    for entry in config["mesh"]["rules"]:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+            raise ValueError(f"config.mesh.rules holds {entry!r}; each rule is a pair (expression, placement).")
+    return tuple((str(pattern), place) for pattern, place in config["mesh"]["rules"])
+
+
+def check_batches(shapes, parts: Recipe, mesh: Mesh) -> None:
+    """Refuses batches that the model, the mesh or the accumulation cannot take, before anything is compiled.
+
+    Args:
+      shapes: (stream, global shape ``(B, T, H, W, C)``) of all batches.
+      parts: of the run.
+      mesh: devices.
+
+    Raises:
+      ValueError: names the stream and what would fit.
+    """
+    model, pieces = parts.model, batch_parts(mesh)
+    for stream, shape in shapes:
+        if shape[0] % pieces or shape[0] % parts.accumulate:
+            raise ValueError(
+                f"stream {stream!r}: batch_size={shape[0]} must be a multiple of the {pieces} parts over which mesh "
+                f"{dict(mesh.shape)} splits a batch, and of accumulate={parts.accumulate}."
+            )
+        try:
+            seen = shape if model.spec.video else (shape[0] * shape[1], *shape[2:])
+            pixels.fitted(model.spec, getattr(model, "input_size", None), seen, strict=True)
+        except ValueError as error:
+            raise ValueError(f"stream {stream!r}: {error}") from error
 
 
 def initial_state(config: Mapping, parts: Recipe, mesh: Mesh) -> TrainState:
     """The state before the first step, laid out over the mesh; each device computes its own part."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, parts, mesh))
-    state = jax.jit(_initializer(config, parts), out_shardings=places)()
+    initialize = _initializer(config, parts)
+    state = jax.jit(initialize, out_shardings=places, compiler_options=platform.run_once_options())()
     if config["init_from"] is None:
         return state
     return _with_weights(state, config["init_from"], places)
@@ -135,16 +177,24 @@ def _with_weights(state: TrainState, source: str, places: TrainState) -> TrainSt
     """The state with the parameters (and codebook statistics) of another run or saved folder."""
     variables = dict(api.load(source).variables)
     params = variables.pop("params")
-    wanted = jax.tree.map(jnp.shape, {"params": state.params["model"], **state.model_state})
-    found = jax.tree.map(jnp.shape, {"params": params, **variables})
-    if wanted != found:
-        raise ValueError(f"config.init_from={source!r} holds another model; its parameters do not fit config.model.")
-    params = jax.device_put(params, places.params["model"])
+    wanted = _shapes({"params": state.params["model"], **state.model_state})
+    found = _shapes({"params": params, **variables})
+    wrong = [name for name in sorted(wanted | found) if wanted.get(name) != found.get(name)]
+    if wrong:
+        lines = [f"{name}: config.model has {wanted.get(name)}, found {found.get(name)}" for name in wrong[:10]]
+        raise ValueError(
+            f"config.init_from={source!r} holds another model; {len(wrong)} arrays do not fit:\n  " + "\n  ".join(lines)
+        )
+    params, variables = jax.device_get((params, variables))  # plain arrays go onto any mesh
     return state.replace(
-        params=state.params | {"model": params},
-        ema=jax.tree.map(jnp.copy, params),
+        params=state.params | {"model": jax.device_put(params, places.params["model"])},
+        ema=jax.device_put(params, places.ema),
         model_state=jax.device_put(variables, places.model_state),
     )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {rules.path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def out_shardings(state: TrainState, mesh: Mesh) -> tuple[Any, Any]:
@@ -152,12 +202,12 @@ def out_shardings(state: TrainState, mesh: Mesh) -> tuple[Any, Any]:
     return jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
 
 
-def compile_message(compiled, shape: tuple[int, ...], seconds: float, mesh: Mesh) -> str:
+def compile_message(compiled, what: str, seconds: float, mesh: Mesh) -> str:
     """One line about a compiled step: time, floating-point operations, memory."""
     analysis = compiled.cost_analysis() or {}
     flops = analysis.get("flops", 0.0) * mesh.size
     memory = compiled.memory_analysis()
-    text = f"compiled the step for pixels {shape} in {seconds:.1f} s: {flops / 1e9:.2f} GFLOP per step"
+    text = f"compiled the step for pixels {what} in {seconds:.1f} s: {flops / 1e9:.2f} GFLOP per step"
     if memory is not None:
         total = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         text += f", {total / 2**20:.0f} MiB per device"
@@ -184,7 +234,8 @@ def write_summary(folder: pathlib.Path, config: Mapping, parts: Recipe, mesh: Me
         )
     lines.append(data.summary())
     if mesh.size > 1:
-        lines.append("split parameters:\n" + rules.describe(shapes, mesh))
+        placed = {"params": {"model": shapes}}
+        lines.append("split parameters:\n" + rules.describe(placed, mesh, _rules(config), config["mesh"]["smallest"]))
     text = "\n".join(lines)
     say(text)
     write_atomically(folder / "summary.txt", text + "\n")

@@ -6,8 +6,9 @@ Items: ``params``, ``ema``, ``model_state``, ``optimizer``, ``adversary`` (array
 
 from __future__ import annotations
 
-import json
+import contextlib
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from .. import errors
+from ..parallel.rules import path_name
+from .config import read_config  # noqa: F401  (what a run is, beside its weights)
 from .state import TrainState
 
 _ARRAY_ITEMS = ("params", "ema", "model_state", "optimizer", "adversary", "counters")
@@ -26,6 +30,10 @@ def _items(state: TrainState) -> dict[str, Any]:
     counters = {"step": state.step, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
     found = {"counters": counters} | {name: getattr(state, name) for name in _ARRAY_ITEMS if name != "counters"}
     return {name: found[name] for name in _ARRAY_ITEMS if jax.tree.leaves(found[name])}
+
+
+def _psnr(metrics: Mapping[str, float]) -> float:
+    return metrics["psnr"]
 
 
 class Checkpoints:
@@ -41,13 +49,10 @@ class Checkpoints:
         self.folder = pathlib.Path(run).resolve() / _FOLDER
         kept = [policies.LatestN(n=keep_last)]
         if keep_best:
-            kept.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["psnr"], n=keep_best, keep_checkpoints_without_metrics=False
-                )
-            )
+            kept.append(policies.BestN(get_metric_fn=_psnr, n=keep_best, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
+            best_fn=_psnr,  # without it the metrics of a step are not written
             cleanup_tmp_directories=True,  # what a killed save has left
             enable_async_checkpointing=True,
         )
@@ -75,7 +80,7 @@ class Checkpoints:
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(**arguments),
-            metrics=None if psnr is None else {"psnr": float(psnr)},
+            metrics={"psnr": 0.0 if psnr is None else float(psnr)},  # not measured: never better than a measured one
             force=True,
         )
 
@@ -90,33 +95,92 @@ class Checkpoints:
           ValueError: for an incomplete, damaged or foreign checkpoint: says which folder and what to do.
         """
         step = self.latest() if step is None else step
-        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in _items(target).items()}
-        arguments |= {"data": ocp.args.JsonRestore(), "meta": ocp.args.JsonRestore()}
-        try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        except Exception as error:
-            raise _damaged(self.folder / str(step), error, self.steps()) from error
+        wanted = _items(target)
+        found = _read(self.folder / str(step), wanted, ("data", "meta"), self.steps(), whole=True)
         counters = found["counters"]
-        arrays = {name: found[name] for name in _ARRAY_ITEMS if name != "counters" and name in arguments}
+        arrays = {name: found[name] for name in wanted if name != "counters"}
         return target.replace(**arrays, **counters), found["data"], found["meta"]
 
-    def close(self) -> None:
-        """Waits for the save in flight."""
+    def wait(self) -> None:
+        """Until the save in flight is complete.
+
+        Raises:
+          Exception: what went wrong in it.
+        """
         self._manager.wait_until_finished()
-        self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        """Waits for the save in flight; what goes wrong in it does not replace the error that ends the run."""
+        try:
+            self._manager.close()
+        except Exception as problem:
+            if error is None:
+                raise
+            error.add_note(f"The last checkpoint could not be completed either: {problem}")
 
 
-def _damaged(folder: pathlib.Path, error: Exception, steps: list[int]) -> ValueError:
+def _read(folder: pathlib.Path, wanted: Mapping, records: tuple[str, ...], steps: list[int], whole: bool) -> dict:
+    """The items of a step: trees of arrays laid out as ``wanted`` says, and JSON ``records``.
+
+    Args:
+      folder: of the step.
+      wanted: trees of `jax.ShapeDtypeStruct` by item.
+      records: names of JSON items.
+      steps: what else the run has, for the advice when this one cannot be read.
+      whole: refuse a step with arrays that nobody asked for.
+    """
+    found = {}
+    reading = ""
+    try:
+        for reading in (*wanted, *records):
+            if not (folder / reading).is_dir():
+                raise FileNotFoundError(f"{folder / reading} is missing")
+        extra = [name for name in _ARRAY_ITEMS if whole and name not in wanted and (folder / name).is_dir()]
+        if extra:
+            reading = extra[0]
+            raise ValueError(f"this config has no {', '.join(extra)}")
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            for reading, tree in wanted.items():
+                _same_arrays(tree, handler.metadata(folder / reading))
+        for reading in records:
+            with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+                found[reading] = handler.restore(folder / reading)
+        for reading, tree in wanted.items():
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+                found[reading] = reader.restore(folder / reading, args=ocp.args.StandardRestore(tree))
+    except Exception as error:
+        raise _damaged(folder, reading, error, steps) from error
+    return found
+
+
+def _same_arrays(wanted: Any, saved: Any) -> None:
+    """Refuses another tree before anything is read; what orbax says of it is long and names no parameter."""
+    want, have = _shapes(wanted), _shapes(getattr(saved, "tree", saved))
+    wrong = [name for name in sorted(want | have) if want.get(name) != have.get(name)]
+    if wrong:
+        lines = [f"{name}: this config has {want.get(name)}, the file {have.get(name)}" for name in wrong[:5]]
+        raise ValueError(f"{len(wrong)} arrays differ: {'; '.join(lines)}")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _damaged(folder: pathlib.Path, item: str, error: Exception, steps: list[int]) -> ValueError:
     others = [step for step in steps if str(step) != folder.name]
     remedy = (
-        f"To go on from step {others[-1]}, move that folder away and run the same command again."
+        f"To go on from step {max(others)}, move that folder away and run the same command again."
         if others
         else "There is no other step in this run: start anew with another --workdir."
     )
+    named = re.search(re.escape(str(folder / item)) + r"[\w./-]*", str(error))
     summary = " ".join(str(error).split())[:600]
     return ValueError(
-        f"the checkpoint {folder} cannot be read: it is truncated, or was written by another model or version. {remedy} "
-        f"Cause: {type(error).__name__}: {summary}"
+        f"the checkpoint {folder} cannot be read: {named[0] if named else folder / item} is missing or truncated, or "
+        f"was written by another model or version. {remedy} Cause: {type(error).__name__}: {summary}"
     )
 
 
@@ -134,27 +198,10 @@ def load_weights(run: str | pathlib.Path, target: Mapping[str, Any], step: int |
     folder = pathlib.Path(run).resolve() / _FOLDER
     if not folder.is_dir():
         raise ValueError(f"{run} has no {_FOLDER}/ folder: it is not a run of train.py, or no step was saved yet.")
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        step = manager.latest_step() if step is None else step
-        if step is None:
-            raise ValueError(f"{folder} holds no complete checkpoint; let the run reach its first save.")
-        try:
-            found = manager.restore(
-                step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in target.items()})
-            )
-        except Exception as error:
-            raise _damaged(folder / str(step), error, sorted(manager.all_steps())) from error
-    return {name: found[name] for name in target}
-
-
-def read_config(run: str | pathlib.Path) -> dict:
-    """The resolved config that `train.loop` saved with the run."""
-    path = pathlib.Path(run) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{run} has no config.json: it is not a run of train.py.")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not readable JSON ({error}); restore it from a backup or start another run."
-        ) from error
+    steps = sorted(found.step for found in ocp.path.step.standard_name_format().find_all(folder))
+    if not steps:
+        raise ValueError(f"{folder} holds no complete checkpoint; let the run reach its first save.")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise errors.unknown(f"step of {run}", step, steps)
+    return _read(folder / str(step), target, (), steps, whole=False)

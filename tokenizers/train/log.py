@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import PIL.Image
@@ -29,9 +31,18 @@ class RunLog:
       last_step: length of the run.
       config: ``config.log``: ``every``, ``tensorboard``, ``wandb`` (project name or None).
       writes: whether this process is the one that writes; the others stay silent.
+      frames: frames trained on so far.
     """
 
-    def __init__(self, folder: pathlib.Path, first_step: int, last_step: int, config: Mapping, writes: bool = True):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        first_step: int,
+        last_step: int,
+        config: Mapping,
+        writes: bool = True,
+        frames: int = 0,
+    ):
         self._every = config["every"]
         self._folder = folder if writes else None
         self._file = self._board = self._wandb = self._bar = None
@@ -44,7 +55,7 @@ class RunLog:
             if sys.stderr.isatty():
                 self._bar = tqdm.tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
         self._last = last_step
-        self._mark = (time.perf_counter(), first_step, 0)
+        self._mark = (time.perf_counter(), first_step, frames)
 
     def due(self, step: int) -> bool:
         """Whether scalars of this step are written."""
@@ -74,19 +85,29 @@ class RunLog:
         seconds = max(now - before, 1e-9)
         return {"seconds_per_step": seconds / max(step - first, 1), "frames_per_second": (frames - seen) / seconds}
 
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What happens inside does not count as training time: compiling, evaluating."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            then, step, frames = self._mark
+            self._mark = (then + time.perf_counter() - began, step, frames)
+
     def progress(self, step: int) -> None:
         """Moves the bar."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
-        text = "  ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in values.items())
+        text = "  ".join(f"{name.removeprefix('loss/').replace('/', ' ')} {value:.4g}" for name, value in values.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
         else:
-            seconds = values.get("seconds_per_step", 0.0)
-            left = _duration(seconds * (self._last - step)) if seconds else "?"
-            print(f"step {step}/{self._last}  {text}  left {left}", flush=True)
+            seconds = values.get("seconds_per_step")
+            left = f"  left {_duration(seconds * (self._last - step))}" if seconds else ""
+            print(f"step {step}/{self._last}  {text}{left}", flush=True)
 
     def message(self, text: str) -> None:
         """One line for the person, above the bar."""
@@ -96,7 +117,7 @@ class RunLog:
             print(text, flush=True)
 
     def media(self, step: int, pictures: Mapping[str, np.ndarray], clips: Mapping[str, np.ndarray]) -> None:
-        """Keeps uint8 pictures ``(H, W, 3)`` and clips ``(T, H, W, 3)`` by name: as files and in TensorBoard or wandb."""
+        """Keeps uint8 pictures ``(H, W, 3)`` and clips ``(T, H, W, 3)`` by name: as files, in TensorBoard and wandb."""
         if self._folder is None:
             return
         for name, image in pictures.items():
@@ -178,6 +199,8 @@ def _wandb(project: str, folder: pathlib.Path):
         import wandb
     except ImportError as error:
         raise ValueError(f"config.log.wandb={project!r} needs the wandb package: pip install wandb.") from error
-    # One id per folder: a resumed run continues its own curve.
-    wandb.init(project=project, dir=str(folder), name=folder.name, id=folder.name, resume="allow")
+    kept = folder / "wandb_id.txt"  # one id per folder: a resumed run continues its own curve
+    if not kept.exists():
+        write_atomically(kept, uuid.uuid4().hex)
+    wandb.init(project=project, dir=str(folder), name=folder.name, id=kept.read_text(), resume="allow")
     return wandb

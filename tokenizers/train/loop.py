@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-import json
+import contextlib
+import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,27 @@ import numpy as np
 from ..data.pipeline import Pipeline
 from ..parallel import mesh as meshes
 from ..parallel import multihost, platform
-from . import build, checkpoint, config as configs, preview
+from . import build, checkpoint, preview
+from . import config as configs
 from .log import RunLog
-from .step import make_step
+from .state import TrainState
+from .step import Recipe, make_step
 
 _SHOWN = ("loss/generator", "psnr", "loss/discriminator", "seconds_per_step", "frames_per_second")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a run is made of and does not change while it lasts."""
+
+    config: Mapping[str, Any]
+    folder: pathlib.Path
+    mesh: jax.sharding.Mesh
+    stop: multihost.StopRequest
+    data: Pipeline
+    recipe: Recipe
+    checkpoints: checkpoint.Checkpoints
+    log: RunLog
 
 
 def run(config: Mapping, workdir: str | pathlib.Path) -> bool:
@@ -33,39 +50,44 @@ def run(config: Mapping, workdir: str | pathlib.Path) -> bool:
       FloatingPointError: after ``config.stop_after_skipped`` steps in a row whose loss was not finite.
     """
     config = configs.to_dict(config)
+    configs.check_numbers(config)
     multihost.initialize(config["distributed"])
     platform.enable_compilation_cache(config["compilation_cache"])
     folder = pathlib.Path(workdir).expanduser()
-    if multihost.is_main():
-        configs.claim_folder(folder, config)
-    multihost.barrier("run folder")
     mesh = meshes.from_config(config["mesh"])
     with jax.set_mesh(mesh), multihost.stop_on_signal() as stop:
-        return _train(config, folder, mesh, stop)
+        index, count = meshes.batch_share(mesh)
+        data = Pipeline(config["data"], seed=config["seed"], process_index=index, process_count=count)
+        recipe = build.recipe(config)
+        build.check_batches(data.shapes, recipe, mesh)
+        multihost.on_main(lambda: configs.claim_folder(folder, config))
+        return _train(config, folder, mesh, stop, data, recipe)
 
 
-def _train(config: Mapping, folder: pathlib.Path, mesh, stop: multihost.StopRequest) -> bool:
-    data = Pipeline(
-        config["data"], seed=config["seed"], process_index=jax.process_index(), process_count=jax.process_count()
-    )
-    recipe = build.recipe(config)
-    checkpoints = checkpoint.Checkpoints(folder, config["checkpoint"]["keep_last"], config["checkpoint"]["keep_best"])
-    state, start = _first_state(config, recipe, mesh, data, checkpoints)
-    frozen = jax.device_put(dict(recipe.objective.frozen), meshes.replicated(mesh))
-    log = RunLog(folder, start, config["steps"], config["log"], writes=multihost.is_main())
-    try:
+def _train(config, folder, mesh, stop, data: Pipeline, recipe: Recipe) -> bool:
+    keep = config["checkpoint"]
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(checkpoint.Checkpoints(folder, keep["keep_last"], keep["keep_best"]))
+        state, position = _first_state(config, recipe, mesh, data, checkpoints)
+        frozen = jax.device_put(dict(recipe.objective.frozen), meshes.replicated(mesh))
+        log = RunLog(
+            folder, position["batches"], config["steps"], config["log"], multihost.is_main(), position["frames"]
+        )
+        stack.callback(log.close)
         if multihost.is_main():
             build.write_summary(folder, config, recipe, mesh, data, log.message)
-        return _steps(config, folder, mesh, stop, data, recipe, checkpoints, state, frozen, log)
-    finally:
-        checkpoints.close()
-        log.close()
+        profiler = stack.enter_context(_Profiler(config["profile"], folder))
+        batches = stack.enter_context(contextlib.closing(_device_batches(data, mesh, position["batches"])))
+        everything = _Run(config, folder, mesh, stop, data, recipe, checkpoints, log)
+        finished = _steps(everything, state, frozen, position, batches, profiler)
+        checkpoints.wait()
+        return finished
 
 
 def _first_state(config, recipe, mesh, data: Pipeline, checkpoints: checkpoint.Checkpoints):
-    """(state, steps done): the latest checkpoint, laid out over this mesh, or a new run."""
+    """(state, position): the latest checkpoint, laid out over this mesh, or a new run."""
     if checkpoints.latest() is None:
-        return build.initial_state(config, recipe, mesh), 0
+        return build.initial_state(config, recipe, mesh), {"batches": 0, "frames": 0, "best": []}
     state, position, _ = checkpoints.restore(build.abstract_state(config, recipe, mesh))
     if position["fingerprint"] != data.fingerprint:
         raise ValueError(
@@ -73,58 +95,93 @@ def _first_state(config, recipe, mesh, data: Pipeline, checkpoints: checkpoint.C
             f"{position['fingerprint']} -> {data.fingerprint}); restore the files, or start a new run from its weights "
             "with another --workdir and --config.init_from=<this run>."
         )
-    return state, int(state.step)
+    return state, position
 
 
-def _steps(config, folder, mesh, stop, data, recipe, checkpoints, state, frozen, log: RunLog) -> bool:
-    start, last = int(state.step), config["steps"]
-    step_function = jax.jit(make_step(recipe), donate_argnums=0, out_shardings=build.out_shardings(state, mesh))
-    compiled: dict[tuple, Any] = {}
+def _steps(run: _Run, state: TrainState, frozen, position: Mapping, batches: Iterator, profiler: _Profiler) -> bool:
+    config, log, last = run.config, run.log, run.config["steps"]
+    program = _Programs(run, state)
     watch = _Watch(config["stop_after_skipped"])
-    held_out = preview.HeldOut(config, recipe, mesh)
-    frames, batches = 0, _device_batches(data, mesh, start)
-    for step in range(start, last):
-        _profile(config["profile"], folder, step - start)
+    held_out = _held_out(run)
+    frames, best = position["frames"], list(position["best"])
+    for step in range(position["batches"], last):
+        profiler.before(step - position["batches"])
         pixels = next(batches)
-        if pixels.shape not in compiled:
-            began = time.perf_counter()
-            compiled[pixels.shape] = step_function.lower(state, frozen, pixels).compile()
-            log.message(build.compile_message(compiled[pixels.shape], pixels.shape, time.perf_counter() - began, mesh))
-        state, metrics = compiled[pixels.shape](state, frozen, pixels)
+        compiled = program(step, state, frozen, pixels)
+        state, metrics = compiled(state, frozen, pixels)
         done = step + 1
         frames += pixels.shape[0] * pixels.shape[1]
         watch.add(done, metrics)
         log.progress(done)
         if log.due(done):
             values = watch.flush() | log.speed(done, frames)
-            log.scalars(done, values | {"frames": frames, "unusable_files": data.skipped.count}, _SHOWN)
-        ending = done == last or stop(done)
-        psnr = None
-        if done == last or done % config["evaluation"]["every"] == 0:
+            log.scalars(done, values | {"frames": frames, "unusable_files": run.data.skipped.count}, _SHOWN)
+        ending = run.stop(done) or done == last
+        psnr, good = None, False
+        if held_out is not None and (done == last or _due(done, config["evaluation"]["every"])):
             watch.flush()
-            scores, pictures, clips = held_out(state)
-            psnr = scores["held_out/psnr"]
-            log.scalars(done, scores, tuple(scores))
-            log.media(done, pictures, clips)
-        if ending or done % config["checkpoint"]["every"] == 0:
+            psnr = _evaluate(log, done, held_out, state)
+            best = sorted([*best, psnr], reverse=True)[: config["checkpoint"]["keep_best"]]
+            good = psnr in best
+        if ending or good or _due(done, config["checkpoint"]["every"]):
             watch.flush()
-            position = {"batches": done, "fingerprint": data.fingerprint}
-            checkpoints.save(state, position, {"model": configs.to_dict(config["model"])}, psnr)
+            where = {"batches": done, "frames": frames, "best": best, "fingerprint": run.data.fingerprint}
+            run.checkpoints.save(state, where, {"model": config["model"]}, psnr)
         if ending and done < last:
+            run.checkpoints.wait()
             log.message(f"asked to stop: saved step {done}; the same command goes on from there.")
             return False
     return True
 
 
+def _held_out(run: _Run) -> preview.HeldOut | None:
+    if preview.has_held_out(run.config["data"]) or run.config["evaluation"]["final_report"]:
+        return preview.HeldOut(run.config, run.recipe, run.mesh)
+    run.log.message("config.data.held_out is empty: nothing is measured while training")
+    return None
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _evaluate(log: RunLog, step: int, held_out: preview.HeldOut, state: TrainState) -> float:
+    with log.untimed():
+        scores, pictures, clips = held_out(state)
+        log.scalars(step, scores, tuple(scores))
+        log.media(step, pictures, clips)
+    return scores["held_out/psnr"]
+
+
 def _device_batches(data: Pipeline, mesh, start: int) -> Iterator[jax.Array]:
-    """Batches on the devices, one ahead of the step that uses it."""
+    """Batches on the devices, one ahead of the step that uses it; closing it ends the processes that decode."""
     ready: collections.deque = collections.deque()
-    for batch in data.batches(start=start):
-        ready.append(meshes.global_batch(mesh, np.ascontiguousarray(batch["pixels"])))
-        if len(ready) > 1:
-            yield ready.popleft()
-    while ready:
-        yield ready.popleft()
+    with data.batches(start=start) as batches:
+        for batch in batches:
+            ready.append(meshes.global_batch(mesh, np.ascontiguousarray(batch["pixels"])))
+            if len(ready) > 1:
+                yield ready.popleft()
+
+
+class _Programs:
+    """The compiled step of every batch shape, with and without the discriminator, compiled when it is first needed."""
+
+    def __init__(self, run: _Run, state: TrainState):
+        self._run, self._compiled = run, {}
+        self._placed = build.out_shardings(state, run.mesh)
+
+    def __call__(self, step: int, state: TrainState, frozen, pixels: jax.Array):
+        recipe = self._run.recipe.at(step)
+        key = (pixels.shape, recipe.adversary is not None and recipe.adversary.runs)
+        if key not in self._compiled:
+            began = time.perf_counter()
+            with self._run.log.untimed():
+                program = jax.jit(make_step(recipe), donate_argnums=0, out_shardings=self._placed)
+                self._compiled[key] = program.lower(state, frozen, pixels).compile()
+            seconds = time.perf_counter() - began
+            what = f"{pixels.shape}{', with the discriminator,' if key[1] else ''}"
+            self._run.log.message(build.compile_message(self._compiled[key], what, seconds, self._run.mesh))
+        return self._compiled[key]
 
 
 class _Watch:
@@ -153,26 +210,35 @@ class _Watch:
         self._lost = bad or self._lost
         if self._latest["skipped_in_a_row"] >= self._patience:
             raise FloatingPointError(
-                f"{self._patience} steps in a row, up to step {step}, had a loss or gradient that is not finite; their "
-                f"updates were skipped, and the run stops here. Not finite: {', '.join(self._lost) or 'gradients'}. Lower "
-                "the learning rate, start the discriminator later, or compute in float32, and resume from the last "
-                "checkpoint."
+                f"{self._patience} steps in a row, up to step {step}, had a loss or gradient that is not finite. Their "
+                f"updates were skipped; the run stops here. Not finite: {', '.join(self._lost)}. The same command goes "
+                "on from the last checkpoint; to change the recipe (a lower learning rate, a later discriminator, "
+                "float32), start another --workdir with --config.init_from=<this run>."
             )
 
 
-def _profile(config: Mapping, folder: pathlib.Path, step: int) -> None:
+class _Profiler:
     """Traces ``config.profile.steps`` steps from ``config.profile.start`` on (counted from this start of the run)."""
-    if not config["steps"]:
-        return
-    if step == config["start"]:
-        jax.profiler.start_trace(str(folder / "profile"))
-    elif step == config["start"] + config["steps"]:
+
+    def __init__(self, config: Mapping, folder: pathlib.Path):
+        self._first, self._steps, self._folder = config["start"], config["steps"], folder / "profile"
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """Called before each step with the number of steps since this start."""
+        if self._steps and step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif self._running and step == self._first + self._steps:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._running = False
         jax.profiler.stop_trace()
 
+    def __enter__(self) -> _Profiler:
+        return self
 
-def last_metrics(folder: pathlib.Path) -> dict[str, float]:
-    """The newest value of every name in ``metrics.jsonl``."""
-    values: dict[str, float] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        values |= json.loads(line)
-    return values
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            self._stop()

@@ -63,6 +63,9 @@ def make(config: Mapping, steps: int) -> tuple[optax.GradientTransformation, opt
     make_step = errors.pick("optimizer", config["name"], OPTIMIZERS)
     if config["weight_decay"] and config["name"] != "adamw":
         raise ValueError(f"weight_decay={config['weight_decay']} needs optimizer 'adamw', not {config['name']!r}.")
+    for name in ("lr", "clip", "weight_decay", "warmup", "end"):
+        if config[name] < 0:
+            raise ValueError(f"optimizer.{name}={config[name]} must be at least 0.")
     rate = schedule(config, steps)
     parts = [optax.clip_by_global_norm(config["clip"])] if config["clip"] else []
     chain = optax.chain(*parts, make_step(config, rate))
@@ -90,7 +93,7 @@ def ema_update(ema: Any, params: Any, decay: float, step: jax.Array, warmup: boo
       params: parameters after the optimizer step.
       decay: d.
       step: steps done before this one.
-      warmup: use ``min(d, (1 + n) / (10 + n))`` with n = step + 1, as LitEma does, so that short runs forget their start.
+      warmup: use ``min(d, (1 + n) / (10 + n))`` with n = step + 1, as LitEma does: short runs forget their start.
     """
     count = (step + 1).astype(jnp.float32)
     rate = jnp.minimum(decay, (1 + count) / (10 + count)) if warmup else jnp.float32(decay)

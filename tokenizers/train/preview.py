@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .. import pixels as pixel_values
 from ..data.pipeline import Pipeline
 from ..parallel import mesh as meshes
 from .state import TrainState
-from .step import Recipe
+from .step import Recipe, apply_to_clips
+
+
+def has_held_out(data: Mapping) -> bool:
+    """Whether a data config says what is held out; the embedded photographs have a split of their own."""
+    streams = list(data["streams"].values())
+    own = any(stream.get("held_out") for stream in streams)
+    return bool(data["held_out"]) or own or not (data["path"] or any(stream.get("path") for stream in streams))
 
 
 class HeldOut:
@@ -24,25 +32,24 @@ class HeldOut:
     """
 
     def __init__(self, config: Mapping, recipe: Recipe, mesh):
+        index, count = meshes.batch_share(mesh)
         self._data = Pipeline(
-            config["data"],
-            seed=config["seed"],
-            split="held_out",
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            config["data"], seed=config["seed"], split="held_out", process_index=index, process_count=count
         )
         self._mesh, self._limit = mesh, config["evaluation"]["items"]
-        self._batches: list[dict] | None = None
+        self._batches: list[tuple[str, jax.Array, jax.Array]] | None = None
 
-        def reconstruct(params, model_state, pixels):
-            target = pixel_values.to_float(pixels)
-            prediction, _ = recipe.model.apply({"params": params, **model_state}, target)
+        def reconstruct(params, model_state, pixels, valid):
+            prediction, _ = apply_to_clips(
+                recipe.model, {"params": params, **model_state}, pixel_values.to_float(pixels)
+            )
             levels = pixel_values.to_uint8(prediction)
             # PSNR of 8-bit pictures, item by item: what a person who saves them gets.
-            error = (levels.astype(np.float32) - pixel_values.to_uint8(target).astype(np.float32)) ** 2
+            error = (levels.astype(jnp.float32) - pixels.astype(jnp.float32)) ** 2
             error = error.mean(axis=tuple(range(1, error.ndim)))
-            return levels, 10 * jax.numpy.log10(255.0**2 / jax.numpy.maximum(error, 1e-3))
+            return levels, pixels, valid, 10 * jnp.log10(255.0**2 / jnp.maximum(error, 1e-3))
 
+        # Every process scores every item of the global batch, whoever has loaded it.
         self._reconstruct = jax.jit(reconstruct, out_shardings=meshes.replicated(mesh))
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -52,40 +59,30 @@ class HeldOut:
         """
         scores: dict[str, list[float]] = {}
         pictures, clips = {}, {}
-        for batch in self._items():
-            pixels = meshes.global_batch(self._mesh, batch["pixels"])
-            levels, psnr = jax.device_get(self._reconstruct(state.ema, state.model_state, pixels))
-            name, valid = batch["stream"], batch["valid"]
-            scores.setdefault(name, []).extend(float(value) for value in psnr[valid])
+        for name, pixels, valid in self._items():
+            found = self._reconstruct(state.ema, state.model_state, pixels, valid)
+            levels, shown, valid, psnr = jax.device_get(found)
+            room = self._limit - len(scores.setdefault(name, []))
+            scores[name].extend(float(value) for value in psnr[valid][:room])
             if name not in pictures:
-                shown = np.concatenate([batch["shown"][:6], levels[:6]], axis=2)  # (N, T, 2 H, W, 3)
-                pictures[name] = np.concatenate(list(shown[:, 0]), axis=1)
-                if shown.shape[1] > 1:
-                    clips[name] = np.concatenate(list(shown), axis=2)
-        means = {f"held_out/{name}_psnr": float(np.mean(values)) for name, values in scores.items()}
+                both = np.concatenate([shown[:6], levels[:6]], axis=2)  # (N, T, 2 H, W, 3)
+                pictures[name] = np.concatenate(list(both[:, 0]), axis=1)
+                if both.shape[1] > 1:
+                    clips[name] = np.concatenate(list(both), axis=2)
+        means = {f"held_out/{name}_psnr": float(np.mean(values)) for name, values in scores.items() if values}
         return {"held_out/psnr": float(np.mean(list(means.values()))), **means}, pictures, clips
 
-    def _items(self) -> list[dict]:
-        if self._batches is not None:
-            return self._batches
-        kept, seen = [], {}
-        with self._data.batches() as batches:
-            for batch in batches:
-                count = seen.get(batch["stream"], 0)
-                if count >= self._limit:
-                    continue
-                pixels = np.ascontiguousarray(batch["pixels"])
-                # Every process scores every item of the global batch, whoever has loaded it.
-                whole, valid = _gathered(pixels), _gathered(np.asarray(batch["valid"]))
-                seen[batch["stream"]] = count + int(valid.sum())
-                kept.append({"pixels": pixels, "stream": batch["stream"], "valid": valid, "shown": whole})
-        self._batches = kept
-        return kept
-
-
-def _gathered(local: np.ndarray) -> np.ndarray:
-    if jax.process_count() == 1:
-        return local
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(local, tiled=True))
+    def _items(self) -> list[tuple[str, jax.Array, jax.Array]]:
+        """(stream, pixels, whether each row counts) of the batches that hold the first items of each stream."""
+        if self._batches is None:
+            taken: dict[str, int] = {}
+            self._batches = []
+            with self._data.batches() as batches:
+                for batch in batches:
+                    name, rows = batch["stream"], batch["pixels"].shape[0] * meshes.batch_share(self._mesh)[1]
+                    if taken.get(name, 0) >= self._limit:
+                        continue
+                    taken[name] = taken.get(name, 0) + rows
+                    arrays = (np.ascontiguousarray(batch["pixels"]), np.asarray(batch["valid"]))
+                    self._batches.append((name, *(meshes.global_batch(self._mesh, array) for array in arrays)))
+        return self._batches

@@ -16,6 +16,7 @@ class AdversaryState:
     Attributes:
       params: its parameters.
       statistics: its mutable collections (batch-norm statistics).
+      ema: exponential moving average of ``params``, or ``None``.
       optimizer: optax state of its own optimizer.
       lecam: running means of its logits on real and reconstructed pixels.
       balance: state of the adaptive weight (the last lambda).
@@ -23,6 +24,7 @@ class AdversaryState:
 
     params: Any
     statistics: Any
+    ema: Any
     optimizer: Any
     lecam: Any
     balance: Any

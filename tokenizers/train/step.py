@@ -39,6 +39,8 @@ class Adversary:
       generator_start: first step whose generator sees the discriminator.
       lecam_weight, lecam_decay: LeCam regularization; weight 0 leaves it out.
       r1_weight, r1_every: gradient penalty on real pixels, every so many steps; weight 0 leaves it out.
+      ema_decay: of an average of its parameters; 0 keeps none.
+      runs: whether this program runs it at all, see `Recipe.at`.
       fresh_forward: run the generator again, with its updated parameters, for the discriminator's loss (VQGAN);
         otherwise the reconstruction of the generator's pass serves both (VidTok).
     """
@@ -55,7 +57,9 @@ class Adversary:
     lecam_decay: float
     r1_weight: float
     r1_every: int
+    ema_decay: float
     fresh_forward: bool
+    runs: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,17 @@ class Recipe:
     ema_decay: float
     ema_warmup: bool
     accumulate: int
+
+    def at(self, step: int) -> Recipe:
+        """The recipe of the program for that step: before ``adversary.start`` the discriminator costs nothing.
+
+        Two programs instead of one with a conditional: XLA runs convolutions inside conditionals on a single CPU
+        thread (16 times slower for the quickstart's discriminator).
+        """
+        if self.adversary is None:
+            return self
+        adversary = dataclasses.replace(self.adversary, runs=step >= self.adversary.start)
+        return dataclasses.replace(self, adversary=adversary)
 
 
 def make_step(recipe: Recipe) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]:
@@ -94,7 +109,7 @@ def make_step(recipe: Recipe) -> Callable[[TrainState, Any, jax.Array], tuple[Tr
         metrics |= {
             "skipped": new.skipped,
             "skipped_in_a_row": new.skipped_in_a_row,
-            "learning_rate": recipe.learning_rate(state.step),
+            "learning_rate": recipe.learning_rate(state.step - state.skipped),  # the optimizer counts its updates
         }
         return new, metrics
 
@@ -132,7 +147,7 @@ def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) ->
     model_state, opponent = carry
     updates, optimizer = recipe.optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics["grad_norm/generator"] = optax.global_norm(grads)
+    metrics["grad_norm/generator"] = optax.tree.norm(grads)
 
     if adversary is not None:
         if adversary.fresh_forward:
@@ -142,7 +157,9 @@ def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) ->
                 pixels, index = inputs
                 rngs = _rngs(jax.random.fold_in(key, recipe.accumulate + index))
                 target = pixel_values.to_float(pixels)
-                (reconstruction, _), model_state = _forward(recipe, params["model"], model_state, target, rngs)
+                reconstruction = target
+                if adversary.runs:
+                    (reconstruction, _), model_state = _forward(recipe, params["model"], model_state, target, rngs)
                 grads, opponent, more = _discriminator_pass(adversary, opponent, state.step, reconstruction, pixels)
                 return (model_state, opponent), (grads, more)
 
@@ -150,8 +167,8 @@ def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) ->
                 oppose, (model_state, opponent), micro
             )
             metrics |= more
-        opponent = _discriminator_update(adversary, opponent, opponent_grads, state.step)
-        metrics["grad_norm/discriminator"] = optax.global_norm(opponent_grads)
+        opponent = _discriminator_update(recipe, opponent, opponent_grads, state.step)
+        metrics["grad_norm/discriminator"] = optax.tree.norm(opponent_grads)
 
     ema = optim.ema_update(state.ema, params["model"], recipe.ema_decay, state.step, recipe.ema_warmup)
     return (
@@ -182,11 +199,26 @@ def _rngs(key) -> dict[str, jax.Array]:
     return {"bottleneck": bottleneck, "dropout": dropout}
 
 
+def apply_to_clips(model: nn.Module, variables: Mapping, pixels: jax.Array, **options):
+    """``model.apply`` on clips ``(B, T, H, W, C)``; a model of images sees the frames as a batch of B * T.
+
+    Returns:
+      What ``model.apply`` returns, with a reconstruction of the shape of ``pixels``.
+    """
+    shape = pixels.shape
+    inputs = pixels if model.spec.video else pixels.reshape(-1, *shape[2:])
+    result = model.apply(variables, inputs, **options)
+    if "mutable" not in options:
+        reconstruction, encoding = result
+        return reconstruction.reshape(shape), encoding
+    (reconstruction, encoding), state = result
+    return (reconstruction.reshape(shape), encoding), state
+
+
 def _forward(recipe: Recipe, params, model_state: Mapping, pixels: jax.Array, rngs):
     """((reconstruction, encoding), new model state)."""
-    return recipe.model.apply(
-        {"params": params, **model_state}, pixels, train=True, rngs=rngs, mutable=list(model_state)
-    )
+    variables = {"params": params, **model_state}
+    return apply_to_clips(recipe.model, variables, pixels, train=True, rngs=rngs, mutable=list(model_state))
 
 
 def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, frozen, pixels, key):
@@ -212,7 +244,7 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
 
     adversary = recipe.adversary
     if adversary is not None:
-        fooling, cotangent_gan, opponent = _fool(adversary, opponent, state.step, reconstruction)
+        fooling, cotangent_gan, opponent = _fool(adversary, opponent, reconstruction)
         grads, weight_state = balance.balanced_pull(
             pull,
             adversary.weight,
@@ -230,21 +262,16 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
     return {"model": grads, "objective": objective_grads}, model_state, opponent, reconstruction, metrics
 
 
-def _fool(adversary: Adversary, opponent: AdversaryState, step, reconstruction):
+def _fool(adversary: Adversary, opponent: AdversaryState, reconstruction):
     """(generator loss, its gradient at the reconstruction, adversary state); zeros while the discriminator waits."""
+    if not adversary.runs:
+        return jnp.zeros((), jnp.float32), jnp.zeros_like(reconstruction), opponent
 
-    def run(y):
-        def loss(y):
-            logits, statistics = _discriminate(adversary, opponent.params, opponent.statistics, y)
-            return adversary.generator_loss(logits), statistics
+    def loss(y):
+        logits, statistics = _discriminate(adversary, opponent.params, opponent.statistics, y)
+        return adversary.generator_loss(logits), statistics
 
-        (value, statistics), cotangent = jax.value_and_grad(loss, has_aux=True)(y)
-        return value, cotangent, statistics
-
-    def wait(y):
-        return jnp.zeros((), jnp.float32), jnp.zeros_like(y), opponent.statistics
-
-    value, cotangent, statistics = jax.lax.cond(step >= adversary.start, run, wait, reconstruction)
+    (value, statistics), cotangent = jax.value_and_grad(loss, has_aux=True)(reconstruction)
     return value, cotangent, opponent.replace(statistics=statistics)
 
 
@@ -273,16 +300,10 @@ def _discriminator_pass(adversary: Adversary, opponent: AdversaryState, step, re
         }
         return value, (statistics, lecam, metrics)
 
-    def run():
-        grads, (statistics, lecam, metrics) = jax.grad(loss, has_aux=True)(opponent.params)
-        return grads, statistics, lecam, metrics
-
-    def wait():
-        zero = jnp.zeros((), jnp.float32)
-        metrics = {"loss/discriminator": zero, "logits/real": zero, "logits/fake": zero}
-        return jax.tree.map(jnp.zeros_like, opponent.params), opponent.statistics, opponent.lecam, metrics
-
-    grads, statistics, lecam, metrics = jax.lax.cond(step >= adversary.start, run, wait)
+    if not adversary.runs:
+        metrics = dict.fromkeys(("loss/discriminator", "logits/real", "logits/fake"), jnp.zeros((), jnp.float32))
+        return jax.tree.map(jnp.zeros_like, opponent.params), opponent, metrics
+    grads, (statistics, lecam, metrics) = jax.grad(loss, has_aux=True)(opponent.params)
     return grads, opponent.replace(statistics=statistics, lecam=lecam), metrics
 
 
@@ -290,20 +311,23 @@ def _r1(adversary: Adversary, params, statistics, real, step):
     """R1 penalty every ``r1_every`` steps, scaled up by that number (lazy regularization, StyleGAN2)."""
 
     def penalty():
-        return adversarial.r1_penalty(lambda x: _discriminate(adversary, params, statistics, x)[0], real)
+        # Running statistics: with those of the batch its items would influence each other.
+        return adversarial.r1_penalty(lambda x: adversary.module.apply({"params": params, **statistics}, x), real)
 
     due = step % adversary.r1_every == 0
     value = jax.lax.cond(due, penalty, lambda: jnp.zeros((), jnp.float32))
     return adversary.r1_weight * adversary.r1_every * value
 
 
-def _discriminator_update(adversary: Adversary, opponent: AdversaryState, grads, step) -> AdversaryState:
-    def update():
-        updates, optimizer = adversary.optimizer.update(grads, opponent.optimizer, opponent.params)
-        return optax.apply_updates(opponent.params, updates), optimizer
-
-    params, optimizer = jax.lax.cond(step >= adversary.start, update, lambda: (opponent.params, opponent.optimizer))
-    return opponent.replace(params=params, optimizer=optimizer)
+def _discriminator_update(recipe: Recipe, opponent: AdversaryState, grads, step) -> AdversaryState:
+    adversary = recipe.adversary
+    if not adversary.runs:
+        return opponent
+    updates, optimizer = adversary.optimizer.update(grads, opponent.optimizer, opponent.params)
+    params, ema = optax.apply_updates(opponent.params, updates), opponent.ema
+    if adversary.ema_decay:
+        ema = optim.ema_update(ema, params, adversary.ema_decay, step - adversary.start, recipe.ema_warmup)
+    return opponent.replace(params=params, optimizer=optimizer, ema=ema)
 
 
 def _psnr(prediction, target) -> jax.Array:

@@ -1,0 +1,110 @@
+"""Every file of configs/ describes something that can be trained or evaluated, at its full size."""
+
+import ast
+import importlib
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base, eval_default
+from tokenizers.data.pipeline import Pipeline
+from tokenizers.evaluate import protocols, run
+from tokenizers.parallel.mesh import make_mesh
+from tokenizers.train import build
+from tokenizers.train.step import make_step
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "configs").glob("*.py"))
+NAMES = [path.stem for path in FILES if path.stem not in ("__init__", "base")]
+
+
+def load(name, argument=None):
+    module = importlib.import_module(f"configs.{name}")
+    return module.get_config() if argument is None else module.get_config(argument)
+
+
+def accepted_arguments(name):
+    """What a config says it accepts, when it is given what it does not."""
+    with pytest.raises(ValueError, match="no_such_argument") as caught:
+        load(name, "no_such_argument")
+    found = re.search(r"Accepted: ([\w, .-]+?)\.?$", str(caught.value))
+    return found[1].split(", ") if found else []
+
+
+TRAINING = [
+    (name, argument) for name in NAMES if name != "eval_default" for argument in (None, *accepted_arguments(name))
+]
+each_config = pytest.mark.parametrize(("name", "argument"), TRAINING, ids=lambda value: str(value))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_configs_are_data(path):
+    """They import the schema and its container, and nothing that computes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found = [f"{node.module}.{alias.name}" if node.module == "configs" else node.module for alias in node.names]
+        else:
+            continue
+        assert all(name == "configs.base" or name.split(".")[0] == "ml_collections" for name in found), found
+
+
+@each_config
+def test_configs_keep_to_the_schema(name, argument):
+    """A field that no code reads would be ignored; the model's own fields are checked where it is built."""
+
+    def compare(config, schema, where):
+        for key in config:
+            assert key in schema, f"{where}{key}"
+            if hasattr(schema[key], "keys") and where + key not in ("model", "loss.bottleneck", "data.streams"):
+                compare(config[key], schema[key], f"{where}{key}.")
+
+    config, schema = load(name, argument), base.get_base()
+    compare(config, schema, "")
+    for key, stream in config.data.streams.items():
+        compare(stream, base.stream(), f"data.streams.{key}.")
+
+
+@each_config
+def test_configs_take_a_step_at_full_size(name, argument):
+    """The whole step is traced for every batch shape, with shapes in place of arrays: nothing is allocated."""
+    config = load(name, argument)
+    config.loss.perceptual = None  # its weights are files that the repository does not hold
+    if config.data.path:  # neither is the data
+        config.data.update({"source": "embedded", "path": "", "virtual_camera": True})
+    config = config.to_dict()
+    recipe, mesh = build.recipe(config), make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = build.abstract_state(config, recipe, mesh)
+        step = make_step(recipe)
+        for _, shape in Pipeline(config["data"], seed=config["seed"]).shapes:
+            new, metrics = jax.eval_shape(step, state, {}, jax.ShapeDtypeStruct(shape, np.uint8))
+            assert jax.tree.map(lambda a, b: a.shape == b.shape, new, state)
+            assert metrics["loss/generator"].shape == ()
+
+
+@each_config
+def test_batches_fit_the_compression(name, argument):
+    """Training pixels are neither padded nor cropped."""
+    config = load(name, argument).to_dict()
+    spec = build.recipe(config | {"loss": config["loss"] | {"perceptual": None}}).model.spec
+    time, height, width = spec.compression
+    for stream in config["data"]["streams"].values():
+        assert (stream["frames"] - spec.first_frame_alone) % time == 0 or not spec.video
+        assert all(h % height == 0 and w % width == 0 for h, w in stream["resolutions"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_give_the_command(name):
+    assert f"--config=configs/{name}.py" in (importlib.import_module(f"configs.{name}").__doc__ or "")
+
+
+def test_the_evaluation_config_names_what_exists():
+    config = eval_default.get_config()
+    assert set(config.metrics) == set(run.METRICS)
+    assert config.protocol in protocols.PROTOCOLS
+    assert accepted_arguments("eval_default") == []

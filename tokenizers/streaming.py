@@ -1,0 +1,164 @@
+"""Clips of any length in constant memory: causal video tokenizers encode and decode chunk after chunk.
+
+What earlier chunks leave for later ones is the Linen collection ``stream`` (``nn/conv.py``): a pytree that goes into
+one compiled function per chunk shape and comes out of it, so chunks of one length compile once (the first chunk, which
+has no history, is a program of its own).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import errors
+from . import pixels as pixel_values
+from .parallel.constrain import constrain
+from .types import Array, Encoding, Spec
+
+_STREAM = "stream"
+_NAMES = ("batch", "time", "height", "width", "channel")
+
+# Calls a function of (module, variables, state, value) with the first two filled in, on the devices of the tokenizer.
+Run = Callable[[Callable, Any, Any], tuple[Any, Any]]
+
+
+def encode(module: nn.Module, name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Encoding]:
+    """See `api.Tokenizer.encode_stream`."""
+    spec = _streaming_spec(module, name)
+    return _encodings(spec, name, run, _checked_pixels(spec, chunks))
+
+
+def decode(module: nn.Module, name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Array]:
+    """See `api.Tokenizer.decode_stream`."""
+    spec = _streaming_spec(module, name)
+    return _pixels(name, run, _checked_latents(spec, name, chunks))
+
+
+def _streaming_spec(module: nn.Module, name: str) -> Spec:
+    spec = module.spec
+    if not (spec.video and spec.causal and spec.tokens_per_item is None):
+        what = "an image tokenizer" if not spec.video else "not causal"
+        raise ValueError(f"{name} cannot stream: it is {what}. Use encode, decode or reconstruct on whole clips.")
+    return spec
+
+
+def _encodings(spec: Spec, name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Encoding]:
+    state: dict[str, Any] = {}
+    for pixels in regroup(chunks, int(spec.first_frame_alone), spec.compression[0]):
+        encoding, state = run(_encode_chunk, state, pixels)
+        _check_state(state, name)
+        yield encoding
+
+
+def _pixels(name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Array]:
+    state: dict[str, Any] = {}
+    for latents in chunks:
+        pixels, state = run(_decode_chunk, state, latents)
+        _check_state(state, name)
+        yield pixels
+
+
+def _check_state(state: Any, name: str) -> None:
+    if not state:
+        raise ValueError(f"{name} cannot stream: its layers keep no history. Encode and decode whole clips.")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_chunk(module: nn.Module, variables, state, pixels):
+    spec, size = module.spec, getattr(module, "input_size", None)
+    # Frames fit already; in a later chunk their number is not that of a clip.
+    shape = (*pixels.shape[:2], *pixel_values.fitted(spec, size, (1, *pixels.shape[2:]), strict=False)[1:])
+    video = constrain(pixel_values.pad(pixel_values.to_float(pixels), shape), *_NAMES)
+    return module.apply(dict(variables) | state, video, method="encode", mutable=[_STREAM])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode_chunk(module: nn.Module, variables, state, latents):
+    if jnp.issubdtype(latents.dtype, jnp.integer):
+        latents = module.apply(variables, latents, method="indices_to_latents")
+    latents = constrain(latents, *_NAMES)
+    return module.apply(dict(variables) | state, latents, method="decode", mutable=[_STREAM])
+
+
+def _checked_pixels(spec: Spec, chunks: Iterable[Any]) -> Iterator[Any]:
+    expected = None
+    for chunk in chunks:
+        chunk = chunk if hasattr(chunk, "shape") else np.asarray(chunk)
+        pixel_values.check(chunk, spec.channels)
+        expected = _same_clip(chunk, expected, f"(B, T, H, W, {spec.channels})")
+        yield chunk
+
+
+def _checked_latents(spec: Spec, name: str, chunks: Iterable[Any]) -> Iterator[Any]:
+    expected = None
+    for chunk in chunks:
+        chunk = chunk.latents if isinstance(chunk, Encoding) else chunk
+        chunk = chunk if hasattr(chunk, "shape") else np.asarray(chunk)
+        if np.issubdtype(chunk.dtype, np.integer):
+            check_indices(spec, name, chunk)
+            expected = _same_clip(chunk, expected, "(B, T', H', W') indices", rank=4)
+        else:
+            expected = _same_clip(chunk, expected, f"(B, T', H', W', {spec.latent_channels}) latents")
+        yield chunk
+
+
+def _same_clip(chunk, expected: tuple | None, accepted: str, rank: int = 5) -> tuple:
+    """(batch, everything but time) of a chunk, which must be that of the chunk before."""
+    shape = tuple(chunk.shape)
+    if len(shape) != rank or 0 in shape:
+        raise ValueError(f"a chunk has shape {shape}; accepted: {accepted}.")
+    found = (shape[0], *shape[2:])
+    if expected not in (None, found):
+        before = (expected[0], "T", *expected[1:])
+        raise ValueError(f"a chunk has shape {shape}, the chunks before it {before}: only T may change.")
+    return found
+
+
+def check_indices(spec: Spec, name: str, indices) -> None:
+    """Refuses indices of a continuous tokenizer, other dtypes than integers, and concrete ones outside the codebook."""
+    if spec.codebook_size is None:
+        raise ValueError(f"{name} is continuous: it has no indices. Use decode(latents).")
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise errors.unknown("dtype of indices", str(indices.dtype), ("int32", "any other integer"))
+    if isinstance(indices, jax.core.Tracer) or not indices.size:
+        return
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= spec.codebook_size:
+        raise ValueError(f"indices range from {low} to {high}; those of {name} lie in [0, {spec.codebook_size}).")
+
+
+def regroup(chunks: Iterable[Any], first: int, group: int) -> Iterator[Any]:
+    """Frames in other portions: ``first + k * group`` of them, then ``k * group`` each, as soon as they are there.
+
+    Args:
+      chunks: arrays ``(B, t, ...)`` of any lengths t.
+      first: frames that come before the first group, 0 or 1.
+      group: frames that make one latent frame.
+
+    Yields:
+      Arrays ``(B, t', ...)``. An incomplete last group is filled by repeating the last frame. Fewer than ``group``
+      frames are ever held back.
+    """
+    held, lead = None, first
+    for chunk in chunks:
+        held = chunk if held is None or not held.shape[1] else _joined(held, chunk)
+        ready = lead + (held.shape[1] - lead) // group * group
+        if ready > 0 and held.shape[1] >= lead:
+            yield held[:, :ready]
+            held, lead = held[:, ready:], 0
+    if held is not None and held.shape[1]:
+        missing = -(held.shape[1] - lead) % group
+        yield _joined(held, *[held[:, -1:]] * missing)
+
+
+def _joined(*parts):
+    if len(parts) == 1:
+        return parts[0]
+    library = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
+    return library.concatenate(parts, axis=1)
