@@ -366,7 +366,7 @@ def test_an_official_file_becomes_the_same_tokenizer(official, tmp_path):
     with pytest.raises(ValueError, match="say which tokenizer it belongs to.*causal3d"):
         tokenizers.load(tmp_path / "official.safetensors")
     with pytest.raises(ValueError, match="problems"):
-        tokenizers.load(tmp_path / "official.safetensors", model="causal3d-fsq-488-262144")
+        tokenizers.load(tmp_path / "official.safetensors", model="causal3d-fsq-488-16777216")
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_a_config_file_says_the_same_as_python():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tokenizers.create("causal3d-fsq-488-26214"), "unknown tokenizer .* Did you mean 'causal3d-fsq-488"),
+        (lambda: tokenizers.create("causal3d-fsq-488-1677721"), "unknown tokenizer .* Did you mean 'causal3d-fsq-488"),
         (lambda: tokenizers.describe("cosal"), "unknown variant 'cosal'"),
         (lambda: registry.build("causal3d", channel=(8,)), "unknown field of causal3d 'channel'. Did you mean 'chan"),
         (lambda: registry.build("causal3d", bottleneck={"levels": (5,)}), "lacks its 'name'. Accepted: fsq"),

@@ -77,7 +77,7 @@ def test_eight_devices_give_the_losses_of_one(alone, name):
 
 def test_placement_rules_of_the_config_are_followed():
     config = tiny()
-    config.mesh.rules = (("conv_out/kernel", "replicate"), ("conv_in/kernel", (None, None, None, None, "data")))
+    config.mesh.rules = (("conv_out/kernel", "replicate"), ("(model|ema)/conv_in/kernel", (None,) * 4 + ("data",)))
     _, _, state, _ = tiny_run.parts(_with(config, data=2, fsdp=4, smallest=1), jax.devices())
     for tree in (state.params["model"], state.ema, state.optimizer[1][0].mu["model"]):
         assert tree["conv_out"]["kernel"].sharding.spec == PartitionSpec()

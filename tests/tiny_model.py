@@ -44,14 +44,24 @@ class Model(nn.Module):
         self.conv_middle = CausalConv3d(self.channels, dtype=self.dtype)
         self.conv_out = CausalConv3d(48, 1, dtype=self.dtype)
 
-    def __call__(self, pixels, train=False):
+    def encode(self, pixels, train=False):
         x = pixels if self.video else pixels[:, None]
         x = constrain(space_to_depth(x.astype(self.dtype), (4, 4)), *_AXES)
-        x = nn.swish(self.norm(self.conv_in(x)))
-        encoding = self.bottleneck(self.to_latents(x).astype(jnp.float32), train)
-        x = nn.swish(self.conv_middle(constrain(encoding.latents, *_AXES)))
+        x = self.to_latents(nn.swish(self.norm(self.conv_in(x))))
+        return self.bottleneck((x if self.video else x[:, 0]).astype(jnp.float32), train)
+
+    def decode(self, latents, train=False):
+        x = constrain(latents if self.video else latents[:, None], *_AXES)
+        x = nn.swish(self.conv_middle(x))
         x = depth_to_space(self.conv_out(x), (4, 4)).astype(jnp.float32)
-        return (x if self.video else x[:, 0]), encoding
+        return x if self.video else x[:, 0]
+
+    def indices_to_latents(self, indices):
+        return self.bottleneck.indices_to_codes(indices)
+
+    def __call__(self, pixels, train=False):
+        encoding = self.encode(pixels, train)
+        return self.decode(encoding.latents, train), encoding
 
 
 def register() -> None:

@@ -91,8 +91,10 @@ def open_video(path: str | pathlib.Path) -> Iterator[Video]:
     """
     import av
 
+    from .data import decode
+
     try:
-        container = av.open(str(path), metadata_errors="ignore")
+        container = decode.open_container(str(path))
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{path} is not a readable video ({error}).") from error
     with container:

@@ -16,6 +16,9 @@ from .records import Record, Unusable
 # Transparent pixels are shown on white, as browsers and viewers do: the colour stored under them is arbitrary.
 BACKGROUND = (255, 255, 255)
 
+# PyAV before 19 refuses a file whose metadata is not UTF-8, unless it is asked not to.
+_ANY_METADATA = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 # How far before the wanted time to look for a key frame when the container's index was wrong; None is the beginning.
 _SEEK_MARGINS = (0.0, 2.0, 20.0, None)
 
@@ -225,8 +228,13 @@ class _Video:
         return None
 
 
+def open_container(data: bytes | str) -> av.container.InputContainer:
+    """A container for reading, from encoded bytes or a path, whatever the encoding of its titles and tags."""
+    return av.open(io.BytesIO(data) if isinstance(data, bytes) else data, **_ANY_METADATA)
+
+
 def _open(data: bytes | str) -> tuple[av.container.InputContainer, av.VideoStream]:
-    container = av.open(io.BytesIO(data) if isinstance(data, bytes) else data, metadata_errors="ignore")
+    container = open_container(data)
     if not container.streams.video:
         container.close()
         raise Unusable("no video stream")

@@ -157,12 +157,12 @@ class Model(nn.Module):
       dtype: compute dtype; parameters, norms' statistics, the bottleneck and the output are float32.
     """
 
-    bottleneck: nn.Module = FSQ((8, 8, 8, 8, 8, 8))
-    latent_channels: int = 6
-    channels: tuple[int, ...] = (64, 128)
+    bottleneck: nn.Module = FSQ((8,) * 8, commitment=True)
+    latent_channels: int = 8
+    channels: tuple[int, ...] = (128, 128)
     blocks: int = 1
-    patch: int = 4
-    space_down: tuple[bool, ...] = (True, False)
+    patch: int = 8
+    space_down: tuple[bool, ...] = (False, False)
     time_down: tuple[bool, ...] = (True, True)
     remat: bool = False
     dtype: Any = jnp.float32
@@ -205,8 +205,15 @@ class Model(nn.Module):
 
 
 VARIANTS = {
-    "causal3d-fsq-488-262144": Variant(
-        config={"bottleneck": {"name": "fsq", "levels": (8, 8, 8, 8, 8, 8)}},
+    "causal3d-fsq-488-16777216": Variant(
+        config={
+            "bottleneck": {"name": "fsq", "levels": (8,) * 8, "commitment": True},
+            "latent_channels": 8,
+            "channels": (128, 128),
+            "patch": 8,
+            "space_down": (False, False),
+            "time_down": (True, True),
+        },
         paper="https://arxiv.org/abs/2310.05737 (architecture), https://arxiv.org/abs/2309.15505 (FSQ)",
         license="this repository's",
         note="the quickstart's size; trained by configs/quickstart.py, no published weights",

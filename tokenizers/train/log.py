@@ -47,11 +47,11 @@ class RunLog:
         self._folder = folder if writes else None
         self._file = self._board = self._wandb = self._bar = None
         if writes:
+            self._wandb = _wandb(config["wandb"], folder) if config["wandb"] else None
             (folder / "pictures").mkdir(exist_ok=True)
             _drop_after(folder / "metrics.jsonl", first_step)
             self._file = (folder / "metrics.jsonl").open("a")
             self._board = _tensorboard(folder, first_step) if config["tensorboard"] else None
-            self._wandb = _wandb(config["wandb"], folder) if config["wandb"] else None
             if sys.stderr.isatty():
                 self._bar = tqdm.tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
         self._last = last_step
