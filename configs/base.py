@@ -89,6 +89,9 @@ def get_base() -> ConfigDict:
     config.loss.perceptual = placeholder(str)  # lpips_vgg, lpips_alex; None = no perceptual loss
     config.loss.perceptual_weight = 1.0
     config.loss.perceptual_path = ""  # weight file; default: $TOKENIZERS_WEIGHTS
+    config.loss.content_weight = 0.0  # difference of VGG16 features (Cosmos)
+    config.loss.gram_weight = 0.0  # difference of their Gram matrices: texture, style
+    config.loss.vgg_path = ""  # VGG16 weight file for these two; default: $TOKENIZERS_WEIGHTS
     config.loss.reduction = "mean"  # mean, logvar
     config.loss.logvar = 0.0  # start of the learned log-variance
     config.loss.bottleneck = ConfigDict()  # weight of each loss term the bottleneck returns
@@ -110,6 +113,7 @@ def get_base() -> ConfigDict:
     config.discriminator.lecam_decay = 0.999
     config.discriminator.r1_weight = 0.0
     config.discriminator.r1_every = 16
+    config.discriminator.feature_matching_weight = 0.0  # of its hidden features, added to the generator's loss
     config.discriminator.ema_decay = 0.0  # of an average of its parameters, kept in checkpoints; 0 = none
     config.discriminator.fresh_forward = False  # True: the generator runs again, updated, before its turn (VQGAN)
     config.discriminator.optimizer = optimizer()

@@ -96,7 +96,9 @@ def test_weights_of_a_run_start_another(run):
     for own, other in zip(jax.tree.leaves(state.params["model"]), jax.tree.leaves(state.ema), strict=True):
         assert own.unsafe_buffer_pointer is not other.unsafe_buffer_pointer  # both are donated
     config["model"] = config["model"] | {"channels": 16}
-    with pytest.raises(ValueError, match=r"holds another model; .* arrays do not fit:\s+params/conv_in/bias: .*\(16,\)"):
+    with pytest.raises(
+        ValueError, match=r"holds another model; .* arrays do not fit:\s+params/conv_in/bias: .*\(16,\)"
+    ):
         make_state(config)
 
 

@@ -115,7 +115,13 @@ def test_no_discriminator_can_be_said_on_the_command_line(none):
 
 @pytest.mark.parametrize(
     ("field", "value", "smallest"),
-    [("steps", 0, 1), ("accumulate", 0, 1), ("log.every", 0, 1), ("checkpoint.keep_last", 0, 1), ("profile.steps", -1, 0)],
+    [
+        ("steps", 0, 1),
+        ("accumulate", 0, 1),
+        ("log.every", 0, 1),
+        ("checkpoint.keep_last", 0, 1),
+        ("profile.steps", -1, 0),
+    ],
 )
 def test_counts_that_make_no_sense_are_refused(field, value, smallest):
     config = tiny_run.get_config()

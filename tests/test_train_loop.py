@@ -65,8 +65,12 @@ def test_a_run_reaches_its_end_and_cleans_up(tmp_path, closed, capsys):
 
 def test_a_run_that_only_produces_nan_stops_with_advice(tmp_path, closed):
     """A learning rate beyond all measure: after its first update every loss is infinite."""
-    wild = config(**{"optimizer.lr": 1e30, "optimizer.warmup": 0, "steps": 50, "stop_after_skipped": 4, "log.every": 50})
-    with pytest.raises(FloatingPointError, match="4 steps in a row, up to step 5, .* --config.init_from=<this run>") as end:
+    wild = config(
+        **{"optimizer.lr": 1e30, "optimizer.warmup": 0, "steps": 50, "stop_after_skipped": 4, "log.every": 50}
+    )
+    with pytest.raises(
+        FloatingPointError, match="4 steps in a row, up to step 5, .* --config.init_from=<this run>"
+    ) as end:
         loop.run(wild, tmp_path)
     assert "loss/generator" in str(end.value)
     assert closed.count("train") == 1

@@ -25,7 +25,7 @@ def pair(folder, *options):
     together = ["--config.distributed.mode=manual", "--config.distributed.processes=2"]
     together += [f"--config.distributed.coordinator=127.0.0.1:{port}", *OPTIONS, *options]
     return [
-        tiny_run.start(folder, *together, f"--config.distributed.process={i}", argument="ema", devices=2)
+        tiny_run.start(folder, *together, f"--config.distributed.process={i}", argument="clips", devices=2)
         for i in range(2)
     ]
 
@@ -34,7 +34,7 @@ def pair(folder, *options):
 def alone(tmp_path_factory):
     """The curve of six steps of one process with one device."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    finish(tiny_run.start(folder, *OPTIONS, argument="ema"))
+    finish(tiny_run.start(folder, *OPTIONS, argument="clips"))
     return tiny_run.curve(folder)
 
 
@@ -58,7 +58,12 @@ def test_two_processes_train_as_one(alone, tmp_path):
 def test_sigterm_to_one_stops_both_and_one_process_goes_on(alone, tmp_path):
     """The context axis spans the processes here, so both load all rows of a batch."""
     folder = tmp_path / "run"
-    long = ["--config.mesh.data=1", "--config.mesh.context=4", "--config.checkpoint.every=0", "--config.evaluation.every=3"]
+    long = [
+        "--config.mesh.data=1",
+        "--config.mesh.context=4",
+        "--config.checkpoint.every=0",
+        "--config.evaluation.every=3",
+    ]
     processes = pair(folder, *long, "--config.steps=2000", "--config.optimizer.schedule=constant")
     while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 4:
         assert [process.poll() for process in processes] == [None, None], processes[0].communicate()[0]
@@ -71,7 +76,7 @@ def test_sigterm_to_one_stops_both_and_one_process_goes_on(alone, tmp_path):
     curve = tiny_run.curve(folder)
     assert max(line["step"] for line in curve) == saved
     last = f"--config.steps={saved + 1}"
-    finish(tiny_run.start(folder, last, *OPTIONS, "--config.optimizer.schedule=constant", argument="ema"))
+    finish(tiny_run.start(folder, last, *OPTIONS, "--config.optimizer.schedule=constant", argument="clips"))
     after = tiny_run.curve(folder)
     assert after[: len(curve)] == curve
     assert [line["step"] for line in after[len(curve) :]] == [saved + 1] * 2

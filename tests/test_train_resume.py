@@ -114,11 +114,9 @@ def test_sigterm_saves_and_exits_cleanly(reference, tmp_path):
 
 def test_each_program_is_compiled_once_per_start(reference):
     compiled = [line.split(" in ")[0] for line in reference[1].splitlines() if line.startswith("compiled the step")]
-    shape = {"image": "(8, 1, 16, 16, 3)", "video": "(8, 3, 16, 16, 3)"}
-    assert len(compiled) == len(set(compiled))
-    assert {line for line in compiled if "discriminator" in line} == {
-        f"compiled the step for pixels {size}, with the discriminator," for size in shape.values()
-    }
+    assert sorted(compiled) == [
+        f"compiled the step for pixels (8, {frames}, 16, 16, 3), with the discriminator," for frames in (1, 3)
+    ]
 
 
 def test_the_run_explains_itself(reference):
@@ -138,7 +136,7 @@ def test_a_finished_run_has_nothing_left_to_do_and_can_be_prolonged(reference, t
     folder = tmp_path / "run"
     shutil.copytree(reference[0], folder)
     before = tiny_run.curve(folder)
-    finish(tiny_run.start(folder, *OPTIONS, argument="ema"))
+    assert "compiled" not in finish(tiny_run.start(folder, *OPTIONS, argument="ema"))
     assert tiny_run.curve(folder) == before
     more = ["--config.steps=26", *OPTIONS[1:], "--config.mesh.fsdp=2", "--config.mesh.smallest=1"]
     finish(tiny_run.start(folder, *more, argument="ema", devices=2))  # another mesh than the one that saved

@@ -1,7 +1,7 @@
 """A run of seconds for the tests of training: a config file of train.py, and a way to start that in a process.
 
 ``--config=tests/tiny_run.py`` trains with a discriminator on the embedded photographs, images and clips in turn;
-``:ema`` has a moving-average codebook, ``:plain`` no discriminator.
+``:ema`` has a moving-average codebook too, ``:clips`` that and clips alone, ``:plain`` no discriminator.
 """
 
 import json
@@ -31,7 +31,7 @@ def get_config(arg=None):
     config.model.name = "tiny"
     config.model.bottleneck = {"name": "fsq", "levels": (4, 4, 4)}
     config.model.latent_channels = 3
-    if arg == "ema":
+    if arg in ("ema", "clips"):
         config.model.bottleneck = {"name": "vq", "codebook_size": 16, "code_dim": 3, "update": "ema"}
         config.loss.bottleneck.commitment = 0.25
     config.optimizer = base.optimizer(lr=1e-2, schedule="cosine", warmup=2)
@@ -40,11 +40,11 @@ def get_config(arg=None):
         config.discriminator.channels = 8
         config.discriminator.layers = 1
         config.discriminator.norm = "group"
-        config.discriminator.start = 1
         config.discriminator.generator_start = 2
         config.discriminator.optimizer = base.optimizer(lr=2e-3, b1=0.5)
     config.data = base.data(source="", virtual_camera=True)
-    config.data.streams["image"] = base.stream(frames=1, batch_size=8, resolutions=((16, 16),), weight=2.0)
+    if arg != "clips":
+        config.data.streams["image"] = base.stream(frames=1, batch_size=8, resolutions=((16, 16),), weight=2.0)
     config.data.streams["video"] = base.stream(frames=3, batch_size=8, resolutions=((16, 16),))
     config.log.every = 1
     config.evaluation.every = 3

@@ -78,6 +78,7 @@ def _adversary(config: Mapping, dtype) -> Adversary | None:
         generator_start=part["generator_start"],
         lecam_weight=part["lecam_weight"],
         lecam_decay=part["lecam_decay"],
+        feature_matching_weight=part["feature_matching_weight"],
         r1_weight=part["r1_weight"],
         r1_every=part["r1_every"],
         ema_decay=part["ema_decay"],

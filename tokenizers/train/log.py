@@ -101,7 +101,8 @@ class RunLog:
             self._bar.update(step - self._bar.n)
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
-        text = "  ".join(f"{name.removeprefix('loss/').replace('/', ' ')} {value:.4g}" for name, value in values.items())
+        named = {name.removeprefix("loss/").replace("/", " "): value for name, value in values.items()}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in named.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
         else:

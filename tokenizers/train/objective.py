@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from .. import errors
-from ..losses import reconstruction
-from ..networks import lpips
+from ..losses import perceptual, reconstruction
+from ..networks import lpips, vgg
 
 Metrics = dict[str, jax.Array]
 # (prediction, target, frozen variables) -> scalar
@@ -20,11 +20,12 @@ TermFunction = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One weighted part of the reconstruction loss."""
+    """One weighted part of the reconstruction loss; ``network`` names the frozen network it reads."""
 
     name: str
     weight: float
     function: TermFunction
+    network: str = ""
 
 
 def mean_reduction(total: jax.Array, target: jax.Array, params: Mapping) -> jax.Array:
@@ -53,7 +54,7 @@ class Objective:
       terms: parts of the reconstruction loss.
       reduction: how their weighted sum becomes the loss.
       bottleneck: weight of every loss term the bottleneck returns.
-      frozen: variables of frozen networks, by term name; an argument of the jitted step, not constants in it.
+      frozen: variables of frozen networks by name; an argument of the jitted step, not constants in it.
       params: initial values of the objective's own parameters.
     """
 
@@ -65,7 +66,7 @@ class Objective:
 
     def reconstruction(self, prediction, target, frozen, params) -> tuple[jax.Array, Metrics]:
         """Loss of a reconstruction ``(B, T, H, W, C)`` in [-1, 1] against its target, and its parts."""
-        parts = {term.name: term.function(prediction, target, frozen.get(term.name)) for term in self.terms}
+        parts = {term.name: term.function(prediction, target, frozen.get(term.network)) for term in self.terms}
         total = sum(term.weight * parts[term.name] for term in self.terms)
         return self.reduction(total, target, params), parts
 
@@ -98,13 +99,17 @@ def build(config: Mapping) -> Objective:
     frozen = {}
     if config["perceptual"] is not None:
         net = errors.pick("perceptual loss", config["perceptual"], {"lpips_vgg": "vgg", "lpips_alex": "alex"})
-        module, frozen["lpips"] = lpips.load(config["perceptual_path"] or None, net)
-        terms.append(Term("lpips", config["perceptual_weight"], lambda p, t, v: _lpips(module, v, p, t)))
+        distance, frozen["lpips"] = lpips.load(config["perceptual_path"] or None, net)
+        terms.append(Term("lpips", config["perceptual_weight"], _with(perceptual.lpips_loss, distance), "lpips"))
+    if config["content_weight"] or config["gram_weight"]:
+        features, frozen["vgg"] = vgg.load(config["vgg_path"] or None)
+        terms.append(Term("content", config["content_weight"], _with(perceptual.content_loss, features), "vgg"))
+        terms.append(Term("gram", config["gram_weight"], _with(perceptual.gram_loss, features), "vgg"))
     reduction = errors.pick("loss reduction", config["reduction"], REDUCTIONS)
     params = {"logvar": jnp.asarray(config["logvar"], jnp.float32)} if reduction is logvar_reduction else {}
     return Objective(tuple(terms), reduction, dict(config["bottleneck"]), frozen, params)
 
 
-def _lpips(module, variables, prediction, target) -> jax.Array:
-    frames = (-1, *target.shape[-3:])
-    return module.apply(variables, prediction.reshape(frames), target.reshape(frames)).mean()
+def _with(loss: Callable, module) -> TermFunction:
+    """A perceptual loss of a network whose variables come as an argument."""
+    return lambda prediction, target, variables: loss(module, variables)(prediction, target)

@@ -38,6 +38,7 @@ class Adversary:
       start: first step whose discriminator is trained.
       generator_start: first step whose generator sees the discriminator.
       lecam_weight, lecam_decay: LeCam regularization; weight 0 leaves it out.
+      feature_matching_weight: of the distance of its hidden features, added to ``generator_loss``.
       r1_weight, r1_every: gradient penalty on real pixels, every so many steps; weight 0 leaves it out.
       ema_decay: of an average of its parameters; 0 keeps none.
       runs: whether this program runs it at all, see `Recipe.at`.
@@ -55,6 +56,7 @@ class Adversary:
     generator_start: int
     lecam_weight: float
     lecam_decay: float
+    feature_matching_weight: float
     r1_weight: float
     r1_every: int
     ema_decay: float
@@ -244,7 +246,7 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
 
     adversary = recipe.adversary
     if adversary is not None:
-        fooling, cotangent_gan, opponent = _fool(adversary, opponent, reconstruction)
+        fooling, cotangent_gan, opponent = _fool(adversary, opponent, reconstruction, target)
         grads, weight_state = balance.balanced_pull(
             pull,
             adversary.weight,
@@ -262,22 +264,29 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
     return {"model": grads, "objective": objective_grads}, model_state, opponent, reconstruction, metrics
 
 
-def _fool(adversary: Adversary, opponent: AdversaryState, reconstruction):
+def _fool(adversary: Adversary, opponent: AdversaryState, reconstruction, target):
     """(generator loss, its gradient at the reconstruction, adversary state); zeros while the discriminator waits."""
     if not adversary.runs:
         return jnp.zeros((), jnp.float32), jnp.zeros_like(reconstruction), opponent
 
     def loss(y):
-        logits, statistics = _discriminate(adversary, opponent.params, opponent.statistics, y)
-        return adversary.generator_loss(logits), statistics
+        logits, fake, statistics = _discriminate(adversary, opponent.params, opponent.statistics, y)
+        value = adversary.generator_loss(logits)
+        if adversary.feature_matching_weight:
+            _, real, _ = _discriminate(adversary, opponent.params, opponent.statistics, target)
+            value = value + adversary.feature_matching_weight * adversarial.feature_matching(real, fake)
+        return value, statistics
 
     (value, statistics), cotangent = jax.value_and_grad(loss, has_aux=True)(reconstruction)
     return value, cotangent, opponent.replace(statistics=statistics)
 
 
 def _discriminate(adversary: Adversary, params, statistics, pixels):
-    logits, new = adversary.module.apply({"params": params, **statistics}, pixels, train=True, mutable=list(statistics))
-    return logits.astype(jnp.float32), new
+    """(logits, hidden features, statistics); what is not used of them costs nothing."""
+    (logits, features), new = adversary.module.apply(
+        {"params": params, **statistics}, pixels, train=True, mutable=list(statistics), method="features"
+    )
+    return logits.astype(jnp.float32), features, new
 
 
 def _discriminator_pass(adversary: Adversary, opponent: AdversaryState, step, reconstruction, pixels):
@@ -286,8 +295,8 @@ def _discriminator_pass(adversary: Adversary, opponent: AdversaryState, step, re
     fake = jax.lax.stop_gradient(reconstruction)
 
     def loss(params):
-        real_logits, statistics = _discriminate(adversary, params, opponent.statistics, real)
-        fake_logits, statistics = _discriminate(adversary, params, statistics, fake)
+        real_logits, _, statistics = _discriminate(adversary, params, opponent.statistics, real)
+        fake_logits, _, statistics = _discriminate(adversary, params, statistics, fake)
         value = adversary.discriminator_loss(real_logits, fake_logits)
         penalty, lecam = adversarial.lecam_update(opponent.lecam, real_logits, fake_logits, adversary.lecam_decay)
         value = adversary.factor * (value + adversary.lecam_weight * penalty)
