@@ -55,7 +55,8 @@ def test_two_processes_train_as_one(alone, tmp_path):
     assert "step " not in quiet  # one of them speaks
 
 
-def test_sigterm_to_one_stops_both_and_one_process_goes_on(alone, tmp_path):
+@pytest.mark.slow
+def test_sigterm_to_one_stops_both_and_one_process_goes_on(tmp_path):
     """The context axis spans the processes here, so both load all rows of a batch."""
     folder = tmp_path / "run"
     long = [

@@ -24,7 +24,7 @@ def updated(transformation, params, grads, steps=1):
 
 
 def test_schedules_reach_their_values():
-    warm = dict(lr=1.0, warmup=3)
+    warm = {"lr": 1.0, "warmup": 3}
     values = lambda steps, **fields: [float(make(steps, **fields)[1](k)) for k in range(steps + 1)]  # noqa: E731
     # Warm-up starts above 0, so that the first step is not lost, and reaches lr when it ends.
     np.testing.assert_allclose(values(5, **warm), [0.25, 0.5, 0.75, 1, 1, 1], rtol=1e-6)

@@ -151,6 +151,7 @@ def test_a_finished_run_has_nothing_left_to_do_and_can_be_prolonged(reference, t
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_programs_are_kept_on_disk(tmp_path):
     cache = tmp_path / "cache"
     own = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "XLA_FLAGS")

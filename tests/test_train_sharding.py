@@ -116,4 +116,10 @@ def test_recomputation_changes_memory_and_nothing_else():
 def test_the_quickstart_network_gives_the_losses_of_one_device(name):
     alone, _ = trained(quickstart(), jax.devices()[:1], {"data": 1}, 5, 32)
     curve, _ = trained(quickstart(), jax.devices(), STRATEGIES[name], 5, 32)
-    same(curve, alone)
+    for found, wanted in zip(curve, alone, strict=True):
+        # The first reconstructions are nearly flat, and the discriminator's group norm divides by their spread: what
+        # follows from its mean logit keeps fewer digits than the losses that are minimised.
+        loose = {"logits/fake", "logits/real", "loss/fooling", "adaptive_weight", "grad_norm/discriminator"}
+        for digits, names in ((1e-4, wanted.keys() - loose), (1e-2, loose)):
+            pick = lambda metrics, names=names: {name: metrics[name] for name in names}  # noqa: E731
+            chex.assert_trees_all_close(pick(found), pick(wanted), rtol=digits)

@@ -116,7 +116,7 @@ def test_a_step_equals_two_backward_passes():
 
 @pytest.mark.parametrize("argument", ["ema", "batch"])
 def test_a_step_that_is_not_finite_changes_nothing_but_counters(argument):
-    """Parameters, both optimizers, EMA, codebook and batch-norm statistics, LeCam anchors, adaptive weight: all stay."""
+    """Parameters, optimizers, EMA, codebook and batch-norm statistics, LeCam anchors, adaptive weight: all stay."""
     config = adversarial("ema", norm="batch", lecam_weight=0.1, ema_decay=0.9)
     if argument == "batch":
         config.accumulate = 2  # one bad micro-batch spoils the step
@@ -224,8 +224,14 @@ def shared_forward_loss(changes):
     "changes",
     [
         {"r1_weight": 10.0, "r1_every": 2, "norm": "batch"},
-        {"fresh_forward": True, "lecam_weight": 0.1, "norm": "actnorm", "generator_loss": "non_saturating_item"},
-        {"name": "patchgan_3d", "norm": "none", "discriminator_loss": "vanilla", "feature_matching_weight": 3.0},
+        pytest.param(
+            {"fresh_forward": True, "lecam_weight": 0.1, "norm": "actnorm", "generator_loss": "non_saturating_item"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"name": "patchgan_3d", "norm": "none", "discriminator_loss": "vanilla", "feature_matching_weight": 3.0},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_kind_of_adversary_trains(changes):

@@ -202,7 +202,8 @@ BASELINES = {"bicubic": "bicubic", "jpeg": "JPEG", "webp": "WebP", "h264": "H.26
 def comparison(stream: Stream) -> list[dict[str, Value]]:
     """One row for the tokenizer and one per baseline, all over the same items: those that the baselines coded.
 
-    Columns: ``name``, ``items``, ``psnr``, ``ssim``, ``bits_per_pixel``, ``codebook_usage`` (tokenizer only), ``note``.
+    Columns: ``name``, ``items``, ``psnr``, ``ssim``, ``bits_per_pixel``, ``codebook_usage_of_reachable`` (tokenizer only),
+    ``note``.
     """
     labels = [label for label in BASELINES if any(f"{label}_psnr" in row for row in stream.rows)]
     coded = [row for row in stream.rows if not labels or f"{labels[0]}_psnr" in row]
@@ -213,7 +214,7 @@ def comparison(stream: Stream) -> list[dict[str, Value]]:
     first |= {key: float(np.mean([row[key] for row in coded])) for key in ("psnr", "ssim") if key in coded[0]}
     first["bits_per_pixel"] = float(np.average(rates, weights=[_area(row) for row in coded]))
     if stream.codes is not None:
-        first["codebook_usage"] = stream.codes.usage
+        first["codebook_usage_of_reachable"] = stream.codes.reachable_usage
     found = [first]
     for label in labels:
         rows = [row for row in coded if f"{label}_psnr" in row]  # pictures have no H.264 row

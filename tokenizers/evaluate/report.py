@@ -29,14 +29,15 @@ HEADINGS = {
     "bits_per_token": ("bits per token", "{:.4g}"),
     "bits_per_pixel": ("bits per pixel", "{:.4g}"),
     "bits_per_pixel_entropy_coded": ("bits per pixel, entropy coded", "{:.4g}"),
-    "codebook_usage": ("codebook usage", "{:.2%}"),
-    "codebook_usage_of_reachable": ("codebook usage of what the tokens could reach", "{:.2%}"),
+    "codebook_usage": ("codebook usage, of all codes", "{:.3%}"),
+    # So many tokens cannot use more codes than they are; the shares differ only for a large codebook and few tokens.
+    "codebook_usage_of_reachable": ("codebook usage, of min(codes, tokens)", "{:.1%}"),
     "codebook_entropy": ("codebook entropy, bits", "{:.3f}"),
     "codebook_perplexity": ("codebook perplexity", "{:.1f}"),
     "encode_frames_per_second": ("encoded frames per second", "{:.4g}"),
     "decode_frames_per_second": ("decoded frames per second", "{:.4g}"),
 }
-_COMPARED = ("psnr", "ssim", "bits_per_pixel", "codebook_usage")
+_COMPARED = ("psnr", "ssim", "bits_per_pixel", "codebook_usage_of_reachable")
 
 
 def write(
@@ -199,7 +200,7 @@ def _image(png: bytes, alternative: str) -> str:
 
 
 def _cards(overall: Mapping[str, Any]) -> str:
-    keys = ("psnr", "ssim", "lpips", "rfid", "fvd", "bits_per_pixel", "codebook_usage")
+    keys = ("psnr", "ssim", "lpips", "rfid", "fvd", "bits_per_pixel", "codebook_usage_of_reachable")
     cards = [
         f"<div class='card'><b>{_shown(key, overall[key])}</b><span>{HEADINGS[key][0]}</span></div>"
         for key in keys
