@@ -10,7 +10,7 @@ from configs import base
 
 def get_config(arg=None):
     config = base.get_base()
-    config.steps = 500
+    config.steps = 600
     config.ema_decay = 0.995
 
     # One token of 24 bits for 8x8 pixels of the first frame, then for 4 frames of 8x8 pixels.
@@ -31,8 +31,8 @@ def get_config(arg=None):
     config.discriminator.channels = 32
     config.discriminator.layers = 2
     config.discriminator.norm = "group"
-    config.discriminator.start = 330
-    config.discriminator.generator_start = 360
+    config.discriminator.start = 400
+    config.discriminator.generator_start = 440
     config.discriminator.weight = 0.05
     config.discriminator.optimizer = base.optimizer(lr=5e-4, b1=0.5, b2=0.9)
 
@@ -41,8 +41,8 @@ def get_config(arg=None):
     config.data.streams["video"] = base.stream(frames=5, batch_size=8, weight=1.0)
 
     config.log.every = 50
-    config.evaluation.every = 250
-    config.checkpoint.every = 250
+    config.evaluation.every = 200
+    config.checkpoint.every = 200
     if arg == "smoke":  # seconds instead of minutes, for tests
         config.steps = 6
         config.model.channels = (16, 16)

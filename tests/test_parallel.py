@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tokenizers.parallel import mesh as meshes
 from tokenizers.parallel import multihost, platform, rules
-from tokenizers.parallel.constrain import constrain
+from tokenizers.parallel.constrain import constrain, whole
 
 # --- mesh
 
@@ -69,8 +69,6 @@ def test_processes_within_one_context_load_the_same_rows(monkeypatch):
 
 def _share_of(shape, process, monkeypatch):
     """`batch_share` for 8 devices, the first 4 of which belong to process 0."""
-    from jax.sharding import NamedSharding
-
     mesh = meshes.make_mesh(*shape)
     mine = [device for device in mesh.devices.flat if (device.id >= 4) == bool(process)]
 
@@ -150,6 +148,28 @@ def test_constrain_follows_the_mesh_in_force():
     assert places["time"] == PartitionSpec(batch)  # 2 does not divide 3 frames
     with pytest.raises(ValueError, match="got 1 names"):
         constrain(x, "batch")
+
+
+def test_gathered_kernels_make_right_convolutions():
+    """Value and gradients of a convolution whose image is split along its height and whose kernel is stored split."""
+    mesh = meshes.make_mesh(data=2, fsdp=2, context=2)
+    x = jax.random.normal(jax.random.key(0), (8, 4, 4, 8))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 8, 8))
+
+    def loss(x, kernel):
+        axes = ("NHWC", "HWIO", "NHWC")
+        return jnp.sin(jax.lax.conv_general_dilated(x, whole(kernel), (1, 1), "SAME", dimension_numbers=axes)).sum()
+
+    compute = jax.value_and_grad(loss, (0, 1))
+    expected = jax.jit(compute)(x, kernel)
+    images = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context_height"))
+    for spec in (PartitionSpec(None, None, "fsdp"), PartitionSpec(None, None, None, "fsdp")):
+        kernels = NamedSharding(mesh, spec)
+        with jax.set_mesh(mesh):
+            step = jax.jit(compute, out_shardings=(None, (images, kernels)))
+            found = step(jax.device_put(x, images), jax.device_put(kernel, kernels))
+        assert found[1][1].sharding.spec == spec  # stored split again
+        chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)  # sums of 1000 terms in another order
 
 
 # --- processes

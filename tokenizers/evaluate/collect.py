@@ -202,8 +202,8 @@ BASELINES = {"bicubic": "bicubic", "jpeg": "JPEG", "webp": "WebP", "h264": "H.26
 def comparison(stream: Stream) -> list[dict[str, Value]]:
     """One row for the tokenizer and one per baseline, all over the same items: those that the baselines coded.
 
-    Columns: ``name``, ``items``, ``psnr``, ``ssim``, ``bits_per_pixel``, ``codebook_usage_of_reachable`` (tokenizer only),
-    ``note``.
+    Columns: ``name``, ``items``, ``psnr``, ``ssim``, ``bits_per_pixel``, ``codebook_usage_of_reachable`` (of the
+    tokenizer), ``note``.
     """
     labels = [label for label in BASELINES if any(f"{label}_psnr" in row for row in stream.rows)]
     coded = [row for row in stream.rows if not labels or f"{labels[0]}_psnr" in row]

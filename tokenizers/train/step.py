@@ -18,7 +18,7 @@ import optax
 
 from .. import pixels as pixel_values
 from ..losses import adversarial, balance
-from ..parallel.constrain import constrain
+from ..parallel.constrain import constrain, whole
 from . import optim
 from .objective import Metrics, Objective
 from .state import AdversaryState, TrainState
@@ -209,7 +209,7 @@ def apply_to_clips(model: nn.Module, variables: Mapping, pixels: jax.Array, **op
     """
     shape = pixels.shape
     inputs = pixels if model.spec.video else pixels.reshape(-1, *shape[2:])
-    result = model.apply(variables, inputs, **options)
+    result = model.apply(whole(variables), inputs, **options)
     if "mutable" not in options:
         reconstruction, encoding = result
         return reconstruction.reshape(shape), encoding
@@ -284,7 +284,7 @@ def _fool(adversary: Adversary, opponent: AdversaryState, reconstruction, target
 def _discriminate(adversary: Adversary, params, statistics, pixels):
     """(logits, hidden features, statistics); what is not used of them costs nothing."""
     (logits, features), new = adversary.module.apply(
-        {"params": params, **statistics}, pixels, train=True, mutable=list(statistics), method="features"
+        {"params": whole(params), **statistics}, pixels, train=True, mutable=list(statistics), method="features"
     )
     return logits.astype(jnp.float32), features, new
 
@@ -321,7 +321,8 @@ def _r1(adversary: Adversary, params, statistics, real, step):
 
     def penalty():
         # Running statistics: with those of the batch its items would influence each other.
-        return adversarial.r1_penalty(lambda x: adversary.module.apply({"params": params, **statistics}, x), real)
+        variables = {"params": whole(params), **statistics}
+        return adversarial.r1_penalty(lambda x: adversary.module.apply(variables, x), real)
 
     due = step % adversary.r1_every == 0
     value = jax.lax.cond(due, penalty, lambda: jnp.zeros((), jnp.float32))
