@@ -169,6 +169,40 @@ def test_a_table_that_does_not_cover_the_model_or_names_twice_is_an_error():
         to_tree(table, target, {"same.weight": np.zeros((1, 1))})
 
 
+def test_a_variable_that_files_may_lack_is_made_from_the_rest():
+    target = {"codes": leaf(2, 3), "averages": leaf(2, 3), "ready": leaf(dtype=jnp.bool_)}
+    table = (
+        Rule("codes", "embed", engine.transpose(1, 0)),
+        Rule("averages", "sums", engine.transpose(1, 0), absent=lambda match, state, want: state["embed"].T),
+        Rule("ready", None, absent=lambda match, state, want: np.ones(want.shape, bool)),
+    )
+    embed = np.arange(6, dtype=np.float32).reshape(3, 2)
+    whole = to_tree(table, target, {"embed": embed, "sums": -embed})
+    np.testing.assert_array_equal(whole["averages"], -embed.T)
+    assert whole["ready"]
+    np.testing.assert_array_equal(to_tree(table, target, {"embed": embed})["averages"], embed.T)
+    assert set(to_official(table, whole)) == {"embed", "sums"}
+    assert engine.official_names(table, target) == {"codes": "embed", "averages": "sums"}
+    with pytest.raises(ValueError, match="missing 'embed'"):
+        to_tree(table, target, {"sums": embed})
+    with pytest.raises(ValueError, match="neither an official tensor nor a value"):
+        Rule("ready", None)
+
+
+def test_a_table_may_depend_on_the_depth_of_the_model_and_on_the_names_of_the_file():
+    def table(ours, official):
+        depth = sum(path.startswith("block") for path in ours)
+        suffix = ":0" if any(name.endswith(":0") for name in official) else ""
+        return (Rule(r"(block\d)", rf"\1{suffix}"), Rule("out", f"layers.{depth}{suffix}"))
+
+    target = {"block0": leaf(2), "block1": leaf(2), "out": leaf(2)}
+    state = {"block0": np.zeros(2), "block1": np.ones(2), "layers.2": np.full(2, 2.0)}
+    tree = to_tree(table, target, state)
+    assert tree["out"][0] == 2
+    assert to_official(table, tree).keys() == state.keys()
+    assert to_tree(table, target, {f"{name}:0": value for name, value in state.items()})["block1"][0] == 1
+
+
 def test_values_take_the_dtype_of_the_model():
     target = {"params": {"a": {"kernel": leaf(2, 1, dtype=jnp.bfloat16)}, "steps": leaf(dtype=jnp.int32)}}
     table = (Rule(r"params/(a)/kernel", r"\1.weight"), Rule(r"params/(steps)", r"\1"))

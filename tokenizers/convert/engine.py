@@ -11,6 +11,9 @@ tensor::
     variables = to_tree(TABLE, jax.eval_shape(model.init, ...), state_dict, ignore=(r"loss\\..*",))
     state_dict = to_official(TABLE, variables)
 
+Where official names depend on the depth of a network, or differ between published files, TABLE is a function of our
+paths and of the official names at hand (none when names are made) that returns the rules.
+
 Pure numpy; arrays of any kind are read through ``np.asarray``.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -59,12 +63,23 @@ class Rule:
       official: the official name. ``\\1`` and ``\\g<name>`` are groups of the expression (``/`` in them becomes ``.``),
         ``{leaf}`` is PyTorch's word for the last part of our path (kernel, scale, embedding -> weight, mean ->
         running_mean, var -> running_var, bias -> bias). A function of the match where the name needs arithmetic.
+        None for a variable that official files never hold.
       transform: the layout; by default a ``kernel`` goes from (out, in, ...) to (..., in, out), all else stays.
+      absent: our value where the file has no such tensor, ``(match, state_dict, leaf) -> array``, for statistics that
+        follow from the rest (counts of a codebook, say). Without it a missing tensor is an error.
     """
 
     ours: str
-    official: str | Callable[[re.Match], str]
+    official: str | Callable[[re.Match], str] | None
     transform: Transform | None = None
+    absent: Callable[[re.Match, Mapping[str, np.ndarray], Any], np.ndarray] | None = None
+
+    def __post_init__(self):
+        if self.official is None and self.absent is None:
+            raise ValueError(f"the rule for {self.ours!r} names neither an official tensor nor a value in its absence.")
+
+
+Table = Sequence[Rule] | Callable[[Sequence[str], Sequence[str]], Sequence[Rule]]
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
@@ -160,13 +175,15 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def official_names(table: Sequence[Rule], paths: Iterable[str]) -> dict[str, str]:
+def official_names(table: Table, paths: Iterable[str]) -> dict[str, str]:
     """``{our path: official name}``; a ``ValueError`` lists the paths without a rule and the names given twice."""
     plan = _plan(table, paths)
-    return {path: name for path, (name, _) in plan.items()}
+    return {path: name for path, (name, _, _) in plan.items() if name is not None}
 
 
-def _expand(rule: Rule, match: re.Match, path: str) -> str:
+def _expand(rule: Rule, match: re.Match, path: str) -> str | None:
+    if rule.official is None:
+        return None
     if callable(rule.official):
         return rule.official(match)
 
@@ -179,15 +196,25 @@ def _expand(rule: Rule, match: re.Match, path: str) -> str:
     return name.replace("{leaf}", OFFICIAL_LEAF.get(leaf, leaf))
 
 
-def _plan(table: Sequence[Rule], paths: Iterable[str]) -> dict[str, tuple[str, Transform]]:
+Absent = Callable[[Mapping[str, np.ndarray], Any], np.ndarray]
+
+
+def _plan(
+    table: Table, paths: Iterable[str], official: Iterable[str] = ()
+) -> dict[str, tuple[str | None, Transform, Absent | None]]:
+    """Official name, layout and value in its absence for each of our paths."""
     plan, orphans, holders = {}, [], {}
+    paths = tuple(paths)
+    table = table(paths, tuple(official)) if callable(table) else table
     for path in paths:
         for rule in table:
             match = re.fullmatch(rule.ours, path)
             if match:
                 default = kernel if path.rsplit("/", 1)[-1] == "kernel" else identity
-                plan[path] = (_expand(rule, match, path), rule.transform or default)
-                holders.setdefault(plan[path][0], []).append(path)
+                absent = functools.partial(rule.absent, match) if rule.absent else None
+                plan[path] = (_expand(rule, match, path), rule.transform or default, absent)
+                if plan[path][0] is not None:
+                    holders.setdefault(plan[path][0], []).append(path)
                 break
         else:
             orphans.append(path)
@@ -207,7 +234,7 @@ def _plan(table: Sequence[Rule], paths: Iterable[str]) -> dict[str, tuple[str, T
 
 
 def to_tree(
-    table: Sequence[Rule],
+    table: Table,
     target: Mapping[str, Any],
     state_dict: Mapping[str, np.ndarray],
     ignore: Iterable[str] = (),
@@ -215,7 +242,7 @@ def to_tree(
     """Official tensors as our variables.
 
     Args:
-      table: the rules, first match wins.
+      table: the rules, first match wins, or a function that returns them.
       target: our variables as nested dictionaries, every leaf with ``shape`` and ``dtype`` (`jax.eval_shape` of init).
       state_dict: ``{official name: array}``.
       ignore: regular expressions for whole official names that are dropped on purpose.
@@ -227,33 +254,38 @@ def to_tree(
       ValueError: lists every missing, unexpected and misshapen tensor at once.
     """
     wanted = flatten(target)
-    plan = _plan(table, wanted)
-    used = {name for name, _ in plan.values()}
+    plan = _plan(table, wanted, state_dict)
+    used = {name for name, _, _ in plan.values()}
     ignored = [re.compile(pattern) for pattern in ignore]
     spare = [n for n in state_dict if n not in used and not any(pattern.fullmatch(n) for pattern in ignored)]
-    missing = [(path, name) for path, (name, _) in plan.items() if name not in state_dict]
+    missing = [(path, name) for path, (name, _, absent) in plan.items() if name not in state_dict and not absent]
 
     problems = [f"missing {n!r} (our {p}){_nearest(n, spare, i)}" for i, (p, n) in enumerate(missing)]
     gone = [name for _, name in missing]
     problems += [f"unexpected {n!r} {np.shape(state_dict[n])}{_nearest(n, gone, i)}" for i, n in enumerate(spare)]
     flat = {}
-    for path, (name, transform) in plan.items():
+    for path, (name, transform, _) in plan.items():
         if name in state_dict:
             try:
                 flat[path] = _fitted(np.asarray(state_dict[name]), transform, wanted[path])
             except ValueError as error:
                 problems.append(f"misshapen {name!r} (our {path}): {error}")
     _raise("The official weights do not fit the model", problems)
+    for path, (name, _, absent) in plan.items():
+        if name not in state_dict:
+            flat[path] = _fitted(np.asarray(absent(state_dict, wanted[path])), identity, wanted[path])
     return unflatten(flat)
 
 
-def to_official(table: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_official(table: Table, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Our variables as ``{official name: array}``: the exact inverse of `to_tree` (ignored tensors stay away)."""
     flat = flatten(tree)
     plan = _plan(table, flat)
     whole: dict[str, np.ndarray] = {}
     pieces: dict[str, dict[int, np.ndarray]] = {}
-    for path, (name, transform) in plan.items():
+    for path, (name, transform, _) in plan.items():
+        if name is None:
+            continue
         value = np.array(transform.to_official(np.asarray(flat[path])), order="C")
         if transform.part:
             pieces.setdefault(name, {})[transform.part[0]] = value
