@@ -38,13 +38,25 @@ def smoothed_mean(cluster_size: Array, embed_avg: Array, epsilon: float, distanc
 
 
 def moving_average(
-    state: CodebookState, rows: Array, indices: Array, decay: float, epsilon: float, distance: str
+    state: CodebookState,
+    rows: Array,
+    indices: Array,
+    decay: float,
+    epsilon: float,
+    distance: str,
+    updates: Array | None = None,
 ) -> CodebookState:
-    """One update (van den Oord et al., https://arxiv.org/abs/1711.00937, appendix A.1, without bias correction)."""
+    """One update (van den Oord et al., https://arxiv.org/abs/1711.00937, appendix A.1).
+
+    With ``updates``, the int32 number of updates so far with this one, codes are made of both averages divided by
+    ``1 - decay**updates``: the correction for averages that started at zero.
+    """
     counts, sums = assignment_sums(rows, indices, state.codes.shape[0])
     cluster_size = decay * state.cluster_size + (1.0 - decay) * counts
     embed_avg = decay * state.embed_avg + (1.0 - decay) * sums
-    return CodebookState(smoothed_mean(cluster_size, embed_avg, epsilon, distance), cluster_size, embed_avg)
+    weight = 1.0 if updates is None else 1.0 - jnp.power(jnp.float32(decay), updates.astype(jnp.float32))
+    codes = smoothed_mean(cluster_size / weight, embed_avg / weight, epsilon, distance)
+    return CodebookState(codes, cluster_size, embed_avg)
 
 
 def restart_dead_codes(

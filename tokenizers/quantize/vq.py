@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from .codebook import (
     restart_dead_codes,
     to_metric,
 )
-from .gradients import ESTIMATORS
+from .gradients import ESTIMATORS, unit_norm
 from .nearest import DISTANCES, nearest
 
 Array = jax.Array
@@ -28,6 +29,7 @@ _EMA_FIELDS = (
     "decay",
     "epsilon",
     "initial_cluster_size",
+    "debias",
     "dead_code_threshold",
     "kmeans_iterations",
     "pick_rows",
@@ -37,6 +39,17 @@ _EMA_FIELDS = (
 def uniform_codebook(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
     """Uniform in +-1/K for a table ``(K, D)``: the initial codebook of VQ-VAE and VQGAN."""
     return jax.random.uniform(key, shape, dtype, -1.0 / shape[0], 1.0 / shape[0])
+
+
+def orthogonality(table: Array) -> Array:
+    """How far codes ``(K, D)`` are from orthogonal: sum of squared cosines of all pairs / K^2 - 1 / K -> scalar.
+
+    (Shin et al., https://arxiv.org/abs/2112.00384, equation 2, over all codes.) The sum over pairs is the squared
+    Frobenius norm of the D x D Gram matrix, so that K x K never exists.
+    """
+    unit, size = unit_norm(table), table.shape[0]
+    gram = jnp.matmul(unit.T, unit, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(jnp.square(gram)) / size**2 - 1.0 / size
 
 
 class VectorQuantizer(nn.Module):
@@ -50,8 +63,10 @@ class VectorQuantizer(nn.Module):
     With ``distance="cosine"`` z and the codes are normalised to length one first; latents are unit vectors and the
     losses compare unit vectors.
 
-    Moving averages live in the collection ``codebook``: ``codes (K, D)``, ``cluster_size (K,)``, ``embed_avg (K, D)``
-    and the flag ``initialised``. They change when ``train=True`` (the collection must be mutable then). One call works
+    ``orthogonal=True`` adds ``losses["orthogonality"]`` while a learned codebook trains (`orthogonality`).
+
+    Moving averages live in the collection ``codebook``: ``codes (K, D)``, ``cluster_size (K,)``, ``embed_avg (K, D)``,
+    the flag ``initialised`` and, with ``debias``, the count ``updates``. They change when ``train=True`` (the collection must be mutable then). One call works
     on the codes before its own update: k-means on the first batch, quantization, average, restart.
 
     Attributes:
@@ -64,11 +79,15 @@ class VectorQuantizer(nn.Module):
       decay, epsilon: of the moving averages and of the Laplace smoothing of counts.
       initial_cluster_size: count of every code at the start: 1 as in vector-quantize-pytorch; 0 as in taming, where
         codes that are rarely hit grow large in the first steps.
+      debias: both averages start at zero and are corrected for it, as in Sonnet: the initial table leaves no trace, and
+        a code that was never hit is zero after the first update. Needs ``initial_cluster_size=0`` and neither restarts
+        nor k-means, which set averages to values that need no correction.
       dead_code_threshold: codes whose average count falls below it are replaced by inputs of the batch; 0 never.
       kmeans_iterations: steps of k-means on the first training batch; 0 keeps the initial table.
       pick_rows: which inputs become codes in k-means and restarts: ``(key, rows (N, D), count) -> (count, D)``.
+      orthogonal: also return ``orthogonality`` of the table while training.
 
-    The last six are refused with ``update="gradient"``, where the optimizer owns the table.
+    The seven from ``decay`` to ``pick_rows`` are refused with ``update="gradient"``, where the optimizer owns the table.
     """
 
     codebook_size: int
@@ -80,9 +99,11 @@ class VectorQuantizer(nn.Module):
     decay: float = 0.99
     epsilon: float = 1e-5
     initial_cluster_size: float = 1.0
+    debias: bool = False
     dead_code_threshold: float = 0.0
     kmeans_iterations: int = 0
     pick_rows: RowPicker = random_rows
+    orthogonal: bool = False
 
     def __post_init__(self):
         errors.pick("distance", self.distance, DISTANCES)
@@ -94,6 +115,13 @@ class VectorQuantizer(nn.Module):
                 default = type(self).__dataclass_fields__[field].default
                 if getattr(self, field) != default:
                     raise ValueError(f"{field}={getattr(self, field)!r} needs update='ema', got update='gradient'.")
+        elif self.orthogonal:
+            raise ValueError("orthogonal=True needs update='gradient': moving averages do not follow a gradient.")
+        if self.debias and (self.initial_cluster_size or self.dead_code_threshold or self.kmeans_iterations):
+            raise ValueError(
+                "debias=True needs initial_cluster_size=0, dead_code_threshold=0 and kmeans_iterations=0, got "
+                f"{self.initial_cluster_size}, {self.dead_code_threshold} and {self.kmeans_iterations}."
+            )
         super().__post_init__()
 
     def setup(self):
@@ -110,7 +138,9 @@ class VectorQuantizer(nn.Module):
             "codebook", "cluster_size", lambda: jnp.full(shape[:1], self.initial_cluster_size, jnp.float32)
         )
         # A copy: a state that holds one buffer twice cannot be donated to a training step.
-        self.embed_avg = self.variable("codebook", "embed_avg", lambda: jnp.array(self.codes.value, copy=True))
+        start = jnp.zeros_like if self.debias else functools.partial(jnp.array, copy=True)
+        self.embed_avg = self.variable("codebook", "embed_avg", lambda: start(self.codes.value))
+        self.updates = self.variable("codebook", "updates", lambda: jnp.zeros((), jnp.int32)) if self.debias else None
         self.initialised = self.variable("codebook", "initialised", lambda: jnp.asarray(self.kmeans_iterations == 0))
 
     def input_channels(self, latent_channels: int) -> int:
@@ -134,6 +164,8 @@ class VectorQuantizer(nn.Module):
         losses = {"commitment": jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))}
         if self.update == "gradient":
             losses["codebook"] = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
+        if self.orthogonal and train:
+            losses["orthogonality"] = orthogonality(self.table)
         if follow:
             self._store(self._averaged(rows, indices.reshape(-1)))
         return Encoding(latents=ESTIMATORS[self.estimator](z, codes), indices=indices, losses=losses)
@@ -174,7 +206,10 @@ class VectorQuantizer(nn.Module):
         return jax.lax.cond(self.initialised.value, lambda state: state, cluster, self._statistics())
 
     def _averaged(self, rows: Array, indices: Array) -> CodebookState:
-        state = moving_average(self._statistics(), rows, indices, self.decay, self.epsilon, self.distance)
+        updates = None
+        if self.debias:
+            updates = self.updates.value = self.updates.value + 1
+        state = moving_average(self._statistics(), rows, indices, self.decay, self.epsilon, self.distance, updates)
         if self.dead_code_threshold:
             key = self.make_rng("bottleneck")
             state = restart_dead_codes(state, rows, key, self.dead_code_threshold, self.pick_rows)
