@@ -17,6 +17,7 @@ from PIL import Image
 from test_data_decode import image_bytes, numbers, photo_bytes, write_video
 
 from tokenizers.data import benchmark
+from tokenizers.data import pipeline as pipelines
 from tokenizers.data.pipeline import Pipeline
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -391,3 +392,12 @@ def test_benchmark_compares_with_what_the_model_consumes(tmp_path, capsys):
     )
     benchmark.main([f"--config={config}:12", "--workers", "0", "--batches=1"])
     assert "uint8 (2, 1, 12, 12, 3)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1, 5, pipelines._TABLE])  # a table of positions, and Grain's cipher for large ones
+def test_every_epoch_is_a_permutation_of_its_own(size):
+    positions = pipelines._epochs(size, seed=3)
+    epochs = [[int(positions[epoch * size + i]) for i in range(size)] for epoch in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(size))
+    assert size == 1 or epochs[0] != epochs[1]

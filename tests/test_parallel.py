@@ -212,3 +212,23 @@ def test_unknown_modes_and_precisions_are_refused():
         platform.compute_dtype("float23")
     assert platform.compute_dtype() == jnp.float32
     assert platform.compute_dtype("bfloat16") == jnp.bfloat16
+
+
+def test_programs_of_the_package_do_without_the_cpu_library_whose_sums_race():
+    def total(x):
+        return jnp.sum(jnp.square(jnp.broadcast_to(x, (3, *x.shape))))
+
+    x = jnp.ones((64, 64, 64))
+    assert "__ynn_fusion" in jax.jit(total).lower(x).compile().as_text(), "XLA's default has changed: look again"
+    ours = platform.jit(total)
+    assert "__ynn_fusion" not in ours.lower(x).compile().as_text()
+    assert float(ours(x)) == 3 * x.size
+
+
+def test_a_program_of_the_package_goes_into_a_users_own_transformations():
+    square = platform.jit(lambda x: jnp.sum(x * x))
+    x = jnp.arange(3.0)
+    assert float(jax.jit(lambda x: square(x) + 1)(x)) == 6.0
+    assert float(jax.jit(lambda: square(np.arange(3.0)))()) == 5.0  # nothing that is given to it is traced
+    chex.assert_trees_all_close(jax.grad(square)(x), 2 * x)
+    chex.assert_trees_all_close(jax.vmap(square)(x[:, None]), x**2)

@@ -111,7 +111,7 @@ def test_an_endless_stream_comes_out_as_it_goes_in_without_new_programs():
             yield clip(4)
 
     def programs():
-        return streaming._encode_chunk._cache_size(), streaming._decode_chunk._cache_size()
+        return streaming._encode_chunk.cache_size(), streaming._decode_chunk.cache_size()
 
     stream = tok.decode_stream(tok.encode_stream(endless()))
     assert [part.shape[1] for part in itertools.islice(stream, 2)] == [5, 4]

@@ -60,9 +60,16 @@ def curve(folder) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
 
 
-def start(workdir, *options: str, argument: str = "", devices: int = 1, **environment: str | None) -> subprocess.Popen:
+def start(
+    workdir,
+    *options: str,
+    config: str = "tests/tiny_run.py",
+    argument: str = "",
+    devices: int = 1,
+    **environment: str | None,
+) -> subprocess.Popen:
     """train.py in a process of its own, on CPU; ``environment`` changes variables, ``None`` removes one."""
-    config = "tests/tiny_run.py" + (f":{argument}" if argument else "")
+    config += f":{argument}" if argument else ""
     command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *options]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",

@@ -188,7 +188,7 @@ class Tokenizer:
 # One program per module and input shape. Padding and changes of rank are part of it.
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(platform.jit, static_argnums=0)
 def _encode(module: nn.Module, variables, pixels) -> Encoding:
     spec = module.spec
     shape = pixel_values.fitted(spec, _input_size(module), pixels.shape, strict=False)
@@ -200,7 +200,7 @@ def _encode(module: nn.Module, variables, pixels) -> Encoding:
     return jax.tree.map(lambda leaf: _unfolded(leaf, extra, pixels.shape) if leaf.ndim else leaf, encoding)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(platform.jit, static_argnums=0)
 def _decode(module: nn.Module, variables, latents) -> Array:
     extra = _extra_axes(module.spec, "latents", latents.shape, latents.ndim - 1)
     native = _folded(latents, extra)
@@ -209,7 +209,7 @@ def _decode(module: nn.Module, variables, latents) -> Array:
     return _unfolded(decoded, extra, latents.shape).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(platform.jit, static_argnums=0)
 def _indices_to_latents(module: nn.Module, variables, indices) -> Array:
     return module.apply(variables, indices, method="indices_to_latents")
 
@@ -273,7 +273,7 @@ def create(name: str, seed: int = 0, **fields: Any) -> Tokenizer:
     """
     module = registry.build(name, **fields)
     pixels = jnp.zeros(registry.example_shape(module), jnp.float32)
-    initialize = jax.jit(module.init, compiler_options=platform.initialization_options())
+    initialize = jax.jit(module.init, compiler_options=platform.run_once_options())
     variables = initialize(jax.random.key(seed), pixels)
     return Tokenizer(module, dict(variables), name, fields)
 

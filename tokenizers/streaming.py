@@ -18,6 +18,7 @@ import numpy as np
 
 from . import errors
 from . import pixels as pixel_values
+from .parallel import platform
 from .parallel.constrain import constrain
 from .types import Array, Encoding, Spec
 
@@ -69,7 +70,7 @@ def _check_state(state: Any, name: str) -> None:
         raise ValueError(f"{name} cannot stream: its layers keep no history. Encode and decode whole clips.")
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(platform.jit, static_argnums=0)
 def _encode_chunk(module: nn.Module, variables, state, pixels):
     spec, size = module.spec, getattr(module, "input_size", None)
     # Frames fit already; in a later chunk their number is not that of a clip.
@@ -78,7 +79,7 @@ def _encode_chunk(module: nn.Module, variables, state, pixels):
     return module.apply(dict(variables) | state, video, method="encode", mutable=[_STREAM])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(platform.jit, static_argnums=0)
 def _decode_chunk(module: nn.Module, variables, state, latents):
     if jnp.issubdtype(latents.dtype, jnp.integer):
         latents = module.apply(variables, latents, method="indices_to_latents")

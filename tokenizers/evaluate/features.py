@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ..errors import pick, unknown
 from ..networks import i3d, inception, lpips, weights
 from ..parallel import mesh as meshes
+from ..parallel import platform
 from .protocols import Protocol, levels
 
 NETWORKS = ("lpips", "inception", "i3d")
@@ -150,6 +151,6 @@ def _i3d(module, protocol: Protocol, variables, reference, reconstruction):
 
 
 _FUNCTIONS = {
-    name: jax.jit(function, static_argnums=(0, 1))
+    name: platform.jit(function, static_argnums=(0, 1))
     for name, function in (("lpips", _lpips), ("inception", _inception), ("i3d", _i3d))
 }

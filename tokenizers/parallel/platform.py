@@ -1,9 +1,12 @@
-"""What depends on the platform: compute precision and the compilation cache."""
+"""What depends on the platform: compute precision, compiler options and the compilation cache."""
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +26,46 @@ def compute_dtype(precision: str = "auto"):
     return errors.pick("precision", precision, {"auto": None} | _PRECISIONS)
 
 
-def run_once_options() -> dict[str, object]:
-    """``compiler_options`` of `jax.jit` for a program that runs once: on CPU it is compiled longer than it runs."""
-    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+def compiler_options() -> dict[str, bool | int | str]:
+    """``compiler_options`` of `jax.jit` for every program of this package.
+
+    On the CPU, XLA hands convolutions and sums to the YNNPACK library, whose sum over a broadcast array sometimes
+    counts a part twice when threads compete for the cores (jaxlib 0.10 to 0.12: one call in ten of
+    ``jnp.sum(jnp.broadcast_to(x, (3, *x.shape)))`` with half a million elements, on two busy cores). XLA's own code is
+    as fast here (`benchmarks/cpu_library.py`).
+    """
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else {}
+
+
+def run_once_options() -> dict[str, bool | int | str]:
+    """`compiler_options` for a program that runs once, such as an initializer: the numbers are the same.
+
+    On the CPU, LLVM's optimizer takes several times longer over many small random arrays than all else.
+    """
+    return compiler_options() | ({"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {})
+
+
+def jit(function: Callable, **options: Any) -> Callable:
+    """`jax.jit` with `compiler_options`; inside another transformation, where JAX takes none, without.
+
+    The platform is looked up at the first call, so modules may wrap functions while they are imported.
+    """
+    nested = jax.jit(function, **options)
+
+    @functools.cache
+    def outermost() -> Callable:
+        return jax.jit(function, compiler_options=compiler_options(), **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Inside a trace even a constant is traced; under grad or vmap alone, the arguments are.
+        leaves = [jnp.zeros(()), *jax.tree.leaves((args, kwargs))]
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        return (nested if traced else outermost())(*args, **kwargs)
+
+    call.lower = lambda *args, **kwargs: outermost().lower(*args, **kwargs)
+    call.cache_size = lambda: outermost()._cache_size()
+    return call
 
 
 def enable_compilation_cache(folder: str | None) -> pathlib.Path | None:
@@ -41,12 +81,3 @@ def enable_compilation_cache(folder: str | None) -> pathlib.Path | None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     return path
-
-
-def initialization_options() -> dict[str, int] | None:
-    """``compiler_options`` of `jax.jit` for programs that run once and draw many arrays of random numbers.
-
-    On the CPU, LLVM's optimizer takes several times longer over them (10 s for 30 small arrays) than all else; without
-    it the numbers are the same. ``None``, the defaults, elsewhere.
-    """
-    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None

@@ -176,7 +176,7 @@ class _Programs:
         if key not in self._compiled:
             began = time.perf_counter()
             with self._run.log.untimed():
-                program = jax.jit(make_step(recipe), donate_argnums=0, out_shardings=self._placed)
+                program = platform.jit(make_step(recipe), donate_argnums=0, out_shardings=self._placed)
                 self._compiled[key] = program.lower(state, frozen, pixels).compile()
             seconds = time.perf_counter() - began
             what = f"{pixels.shape}{', with the discriminator,' if key[1] else ''}"

@@ -11,6 +11,7 @@ import numpy as np
 from .. import pixels as pixel_values
 from ..data.pipeline import Pipeline
 from ..parallel import mesh as meshes
+from ..parallel import platform
 from .state import TrainState
 from .step import Recipe, apply_to_clips
 
@@ -50,7 +51,7 @@ class HeldOut:
             return levels, pixels, valid, 10 * jnp.log10(255.0**2 / jnp.maximum(error, 1e-3))
 
         # Every process scores every item of the global batch, whoever has loaded it.
-        self._reconstruct = jax.jit(reconstruct, out_shardings=meshes.replicated(mesh))
+        self._reconstruct = platform.jit(reconstruct, out_shardings=meshes.replicated(mesh))
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(scores, pictures by name, clips by name): ``held_out/psnr`` is the mean over streams.
