@@ -66,8 +66,9 @@ class VectorQuantizer(nn.Module):
     ``orthogonal=True`` adds ``losses["orthogonality"]`` while a learned codebook trains (`orthogonality`).
 
     Moving averages live in the collection ``codebook``: ``codes (K, D)``, ``cluster_size (K,)``, ``embed_avg (K, D)``,
-    the flag ``initialised`` and, with ``debias``, the count ``updates``. They change when ``train=True`` (the collection must be mutable then). One call works
-    on the codes before its own update: k-means on the first batch, quantization, average, restart.
+    the flag ``initialised`` and, with ``debias``, the count ``updates``. They change when ``train=True`` (the
+    collection must be mutable then). One call works on the codes before its own update: k-means on the first batch,
+    quantization, average, restart.
 
     Attributes:
       codebook_size: K.
@@ -87,7 +88,7 @@ class VectorQuantizer(nn.Module):
       pick_rows: which inputs become codes in k-means and restarts: ``(key, rows (N, D), count) -> (count, D)``.
       orthogonal: also return ``orthogonality`` of the table while training.
 
-    The seven from ``decay`` to ``pick_rows`` are refused with ``update="gradient"``, where the optimizer owns the table.
+    Those from ``decay`` to ``pick_rows`` are refused with ``update="gradient"``, where the optimizer owns the table.
     """
 
     codebook_size: int
