@@ -187,6 +187,34 @@ def test_compute_dtype_is_an_attribute():
     chex.assert_trees_all_equal_dtypes(variables, jax.tree.map(lambda a: a.astype(jnp.float32), variables))
 
 
+def test_temporal_window_bounds_what_a_frame_sees():
+    x = normal(0, 2, 7, 2, 3, 8)
+    module = TemporalAttention(num_heads=2, window=3)
+    variables = init(module, x)
+    whole = apply(module, variables, x)
+    np.testing.assert_allclose(whole[:, :3], apply(module.clone(window=None), variables, x[:, :3]), **CLOSE)
+    np.testing.assert_allclose(whole[:, 6], apply(module, variables, x[:, 4:])[:, 2], **CLOSE)
+    assert np.abs(whole[:, 6] - apply(module, variables, x[:, 5:])[:, 1]).max() > 1e-3
+    long, all_of_it = module.clone(window=7), module.clone(window=None)
+    np.testing.assert_allclose(apply(long, variables, x), apply(all_of_it, variables, x), **CLOSE)
+    for wrong in (module.clone(window=0), module.clone(causal=False)):
+        with pytest.raises(ValueError, match="must be at least 1, and needs causal=True"):
+            apply(wrong, variables, x)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 5), (2, 2, 3), (4, 3)])
+@pytest.mark.parametrize("window", [1, 3, 10])
+def test_temporal_window_streams_with_constant_state(lengths, window):
+    x = normal(0, 2, 7, 2, 3, 8)
+    module = TemporalAttention(num_heads=2, window=window)
+    variables, state, parts, start = init(module, x), {}, [], 0
+    for length in lengths:
+        y, state = module.apply(variables | state, x[:, start : start + length], mutable=["stream"])
+        parts, start = [*parts, y], start + length
+        assert state["stream"]["key"].shape[-3] == window - 1
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), apply(module, variables, x), **CLOSE)
+
+
 @pytest.mark.parametrize("module", [SpatialAttention(num_heads=2), TemporalAttention(num_heads=2)])
 def test_height_sharding_changes_nothing(module):
     x = normal(0, 4, 3, 4, 2, 8)

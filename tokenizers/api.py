@@ -101,7 +101,7 @@ class Tokenizer:
         """Token ids to the codes that `decode` reads."""
         indices = _as_array(indices)
         streaming.check_indices(self.spec, self.name, indices)
-        _extra_axes(self.spec, "indices", indices.shape, indices.ndim)
+        _extra_axes(self.spec, "indices", indices.shape, indices.ndim - (self.spec.codebooks > 1))
         return self._run(_indices_to_latents, indices)
 
     def reconstruct(self, pixels) -> Array:
@@ -359,8 +359,7 @@ def _from_file(path: pathlib.Path, model: str | None, fields: Mapping[str, Any])
             f"{path} is a weight file; say which tokenizer it belongs to: load({str(path)!r}, model=...), one of: "
             f"{', '.join(registry.available())}."
         )
-    module, table = registry.build(model, **fields), _table(registry.system_of(model))
-    return _converted(module, table, files.read_state_dict(path), model, fields)
+    return _converted(_table(registry.system_of(model)), files.read_state_dict(path), model, fields)
 
 
 def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[str, np.ndarray]) -> Tokenizer:
@@ -375,8 +374,7 @@ def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[st
       ValueError: for an unknown system, or a missing, unexpected or misshapen tensor, by name.
     """
     table = _table(system)
-    fields = table.fields_from_official(config)
-    return _converted(registry.build(system, **fields), table, state_dict, system, fields)
+    return _converted(table, state_dict, system, table.fields_from_official(config))
 
 
 def _table(system: str):
@@ -389,8 +387,15 @@ def _table(system: str):
     return known[system]
 
 
-def _converted(module: nn.Module, table, state_dict: Mapping[str, np.ndarray], name: str, fields) -> Tokenizer:
+def _converted(table, state_dict: Mapping[str, np.ndarray], name: str, fields: Mapping[str, Any]) -> Tokenizer:
+    """Two functions of a conversion file are optional: one for other layouts of names, one for what no config says."""
     from .convert import engine
 
+    if hasattr(table, "official_names"):
+        state_dict = table.official_names(state_dict)
+    module = registry.build(name, **fields)
+    if hasattr(table, "fields_from_weights"):
+        fields = {**fields, **table.fields_from_weights(module, state_dict)}
+        module = registry.build(name, **fields)
     variables = engine.to_tree(table.TABLE, registry.abstract_variables(module), state_dict, ignore=table.IGNORE)
     return Tokenizer(module, jax.tree.map(jnp.asarray, variables), name, fields)

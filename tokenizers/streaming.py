@@ -103,7 +103,7 @@ def _checked_latents(spec: Spec, name: str, chunks: Iterable[Any]) -> Iterator[A
         chunk = chunk if hasattr(chunk, "shape") else np.asarray(chunk)
         if np.issubdtype(chunk.dtype, np.integer):
             check_indices(spec, name, chunk)
-            expected = _same_clip(chunk, expected, "(B, T', H', W') indices", rank=4)
+            expected = _same_clip(chunk, expected, "(B, T', H', W') indices", rank=4 + (spec.codebooks > 1))
         else:
             expected = _same_clip(chunk, expected, f"(B, T', H', W', {spec.latent_channels}) latents")
         yield chunk

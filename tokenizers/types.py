@@ -48,6 +48,7 @@ class Spec:
       first_frame_alone: the first frame has a latent of its own, so clips of 1 + k * compression[0] frames fit.
       channels: pixel channels.
       tokens_per_item: number of tokens of a 1-D tokenizer, whatever the input size; ``None`` for grids.
+      codebooks: indices per latent; if there are several (residual quantizers), they are a last axis of the indices.
     """
 
     compression: tuple[int, int, int]
@@ -59,11 +60,12 @@ class Spec:
     first_frame_alone: bool = False
     channels: int = 3
     tokens_per_item: int | None = None
+    codebooks: int = 1
 
     @property
     def bits_per_token(self) -> float | None:
-        """log2 of the codebook size; ``None`` for continuous tokenizers."""
-        return None if self.codebook_size is None else math.log2(self.codebook_size)
+        """log2 of the codebook size, of all codebooks together; ``None`` for continuous tokenizers."""
+        return None if self.codebook_size is None else self.codebooks * math.log2(self.codebook_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -221,19 +221,24 @@ class TemporalAttention(_Attention):
     """Attention over the frames at every position alone.
 
     When the collection ``stream`` is mutable and ``causal`` holds, keys and values of earlier chunks are kept in it
-    (they grow with the clip), so that chunks give what the whole clip gives.
+    (they grow with the clip, or have constant size with a ``window``), so that chunks give what the whole clip gives.
 
     Attributes:
       causal: frame t sees frames up to t.
+      window: of those, the last so many, itself included; ``None`` is all of them. Needs ``causal``.
     """
 
     causal: bool = True
+    window: int | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, rotate: Rotate | None = None) -> Array:  # (b t h w c) -> (b t h w d)
         """``rotate`` must take any number of frames when streaming: it gets the queries and keys from frame 0 on."""
         b, t, h, w, c = x.shape
         query, key, value = self.project(jnp.moveaxis(x, 1, 3).reshape(b, h * w, t, c))
+        if self.window is not None:
+            y = self.merge(self._in_window(query, key, value, rotate), c)
+            return constrain_grid(jnp.moveaxis(y.reshape(b, h, w, t, -1), 3, 1))
         query, key, value = self._with_history(query, key, value)
         if rotate is not None:
             query, key = rotate(query), rotate(key)
@@ -260,6 +265,30 @@ class TemporalAttention(_Attention):
             self.put_variable(STREAM, "key", key)
             self.put_variable(STREAM, "value", value)
         return query, key, value
+
+    def _in_window(self, query: Array, key: Array, value: Array, rotate: Rotate | None) -> Array:
+        if self.window < 1 or not self.causal or rotate is not None:
+            raise ValueError(f"window={self.window} must be at least 1, and needs causal=True and no rotation.")
+        past, frames = self.window - 1, query.shape[-3]
+        seen = 0  # frames in front of the keys, of which only the last `count` are there
+        if streams(self) or self.has_variable(STREAM, "key"):
+            empty = jnp.zeros((*key.shape[:-3], past, *key.shape[-2:]), key.dtype)
+            past_key, past_value, count = (
+                self.get_variable(STREAM, name, start)
+                for name, start in (("key", empty), ("value", empty), ("count", jnp.zeros((), jnp.int32)))
+            )
+            key = jnp.concatenate([past_key.astype(key.dtype), key], axis=-3)
+            value = jnp.concatenate([past_value.astype(value.dtype), value], axis=-3)
+            seen = past
+        else:
+            count = 0
+        if streams(self):
+            self.put_variable(STREAM, "key", key[..., frames:, :, :])
+            self.put_variable(STREAM, "value", value[..., frames:, :, :])
+            self.put_variable(STREAM, "count", jnp.minimum(count + frames, past))
+        at, of = seen + jnp.arange(frames)[:, None], jnp.arange(seen + frames)
+        mask = (of <= at) & (of > at - self.window) & (of >= seen - count)
+        return attend(query, key, value, mask=mask, implementation=self.implementation)
 
 
 def constrain_grid(x: Array) -> Array:

@@ -13,6 +13,8 @@ BOTTLENECKS = {
     "lfq": (".lfq", "LFQ"),
     "gumbel": (".gumbel", "GumbelSoftmax"),
     "gaussian": (".gaussian", "DiagonalGaussian"),
+    "identity": (".identity", "Identity"),
+    "residual_fsq": (".residual_fsq", "ResidualFSQ"),
 }
 
 
