@@ -46,6 +46,31 @@ def tiled(function: Callable[[Array], Array], x: Array, *, tile: int, stride: in
     return jnp.concatenate([jnp.concatenate([y[:, :keep, :keep] for y in row], axis=2) for row in rows], axis=1)
 
 
+def encode_in_tiles(function: Callable[[Array], Array], pixels: Array, *, tile: int, side: int) -> Array:
+    """`tiled` for an encoder that makes one latent of ``side`` x ``side`` pixels: a quarter of the tiles overlaps.
+
+    Args:
+      function: ``(B, h, w, C) -> (B, h / side, w / side, D)``.
+      pixels: ``(B, H, W, C)``; taken whole where they are not larger than a tile.
+      tile: side of the tiles, in pixels.
+      side: pixels per latent.
+    """
+    if max(pixels.shape[1:3]) <= tile:
+        return function(pixels)
+    latents = tile // side
+    blend = int(latents * 0.25)
+    return tiled(function, pixels, tile=tile, stride=int(tile * 0.75), blend=blend, keep=latents - blend)
+
+
+def decode_in_tiles(function: Callable[[Array], Array], latents: Array, *, tile: int, side: int) -> Array:
+    """`tiled` for the decoder of such latents; arguments as for `encode_in_tiles`."""
+    small = tile // side
+    if max(latents.shape[1:3]) <= small:
+        return function(latents)
+    blend = int(tile * 0.25)
+    return tiled(function, latents, tile=small, stride=int(small * 0.75), blend=blend, keep=tile - blend)
+
+
 def fade(before: Array, after: Array, extent: int, axis: int) -> Array:
     """``after`` with its first ``extent`` elements along the axis faded in from the last ones of ``before``."""
     extent = min(extent, before.shape[axis], after.shape[axis])
