@@ -184,6 +184,7 @@ class Model(nn.Module):
             compression=(2 ** sum(self.time_down), side, side),
             latent_channels=self.latent_channels,
             codebook_size=self.bottleneck.codebook_size,
+            codebooks=getattr(self.bottleneck, "codebooks", 1),
             causal=True,
             video=True,
             last_layer="decoder/conv_out/kernel",

@@ -38,12 +38,18 @@ def _exact(log_p: Array) -> Array:
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
+def _smoothed(p: Array, minimum: float) -> Array:
+    return -jnp.sum(p * jnp.log(p + minimum), axis=-1)
+
+
 # "clamped": -sum p log max(p, 1e-5) in both terms (vector-quantize-pytorch, VidTok).
 # "smoothed": exact in the sample term, -sum p log(p + 1e-5) of the mean (MAGVIT, Open-MAGVIT2, IBQ). With 2^18 codes a
 # uniform p is below 1e-5, so that this term and its gradient saturate: the released behaviour.
+# "smoothed_1e-8": -sum p log(p + 1e-8) in both terms (BSQ).
 FORMS = {
     "clamped": EntropyForm(_clamped, lambda p: -jnp.sum(p * jnp.log(jnp.maximum(p, _MINIMUM)))),
     "smoothed": EntropyForm(_exact, lambda p: -jnp.sum(p * jnp.log(p + _MINIMUM))),
+    "smoothed_1e-8": EntropyForm(lambda log_p: _smoothed(jnp.exp(log_p), 1e-8), lambda p: _smoothed(p, 1e-8)),
 }
 
 

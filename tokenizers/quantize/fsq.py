@@ -17,6 +17,7 @@ from .gradients import straight_through
 Array = jax.Array
 # Widens the range a little, so that the outermost levels are reached at finite inputs (the official value).
 _WIDEN = 1e-3
+BOUNDS = ("tanh", "clamp")
 
 
 class FSQ(nn.Module):
@@ -32,6 +33,7 @@ class FSQ(nn.Module):
         (VidTok: ``clamped``; weights w and -w). They cost positions x codebook size; None leaves them out.
       inverse_temperature: of the entropy terms.
       entropy_chunk_size: positions of the global batch handled at once by the entropy terms.
+      bound: ``tanh``, or ``clamp``, which cuts z at -1 and 1 on the symmetric grid (residual FSQ).
       commitment: also return ``commitment`` = mean((z - sg(codes))^2), measured on z before the tanh (VidTok).
     """
 
@@ -41,8 +43,13 @@ class FSQ(nn.Module):
     inverse_temperature: float = 100.0
     entropy_chunk_size: int = 256
     commitment: bool = False
+    bound: str = "tanh"
 
     def __post_init__(self):
+        if self.bound not in BOUNDS:
+            raise errors.unknown("bound", self.bound, BOUNDS)
+        if self.bound == "clamp" and not self.symmetric:
+            raise ValueError("bound='clamp' needs the symmetric grid.")
         lowest = 2 if self.symmetric else 3
         if not self.levels or min(self.levels) < lowest:
             raise ValueError(
@@ -115,7 +122,8 @@ class FSQ(nn.Module):
     def _bound(self, z: Array) -> Array:
         # z -> the real line of steps, where rounding (shifted) or flooring (symmetric) happens.
         if self.symmetric:
-            return (self._sizes - 1.0) * (jnp.tanh(z) + 1.0) / 2.0 + 0.5
+            bounded = jnp.tanh(z) if self.bound == "tanh" else jnp.clip(z, -1.0, 1.0)
+            return (self._sizes - 1.0) * (bounded + 1.0) / 2.0 + 0.5
         half_range = (self._sizes - 1.0) * np.float32(1.0 + _WIDEN) / 2.0
         offset = np.asarray([0.5 if size % 2 == 0 else 0.0 for size in self.levels], np.float32)
         shift = np.arctanh(offset / half_range).astype(np.float32)

@@ -1,0 +1,76 @@
+"""Product quantization: channels in groups, a bottleneck and an index for each (Jegou et al., 2011; wav2vec 2.0).
+
+https://inria.hal.science/inria-00514462; for images Open-MAGVIT2's factorised tokens, https://arxiv.org/abs/2409.04410.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..types import Encoding
+
+Array = jax.Array
+
+
+class Grouped(nn.Module):
+    """Cuts the channels into equal parts, one bottleneck each. The indices have a last axis of one per group.
+
+    Loss terms of one name are averaged over the groups, which keeps means over elements what they are.
+
+    Attributes:
+      groups: bottlenecks with the same number of codes, each with parameters and statistics of its own.
+    """
+
+    groups: tuple[nn.Module, ...]
+
+    def __post_init__(self):
+        if not self.groups:
+            raise ValueError("grouped quantization needs at least one group.")
+        super().__post_init__()
+
+    @property
+    def codebooks(self) -> int:
+        """Indices per position."""
+        return len(self.groups)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of values of one index."""
+        sizes = {group.codebook_size for group in self.groups}
+        if len(sizes) != 1 or None in sizes:
+            raise ValueError(f"groups need one codebook size, got {sorted(map(str, sizes))}.")
+        return sizes.pop()
+
+    def input_channels(self, latent_channels: int) -> int:
+        """Channels of ``z`` for codes of that many channels."""
+        if latent_channels % len(self.groups):
+            raise ValueError(f"{len(self.groups)} groups do not divide {latent_channels} channels.")
+        return sum(group.input_channels(latent_channels // len(self.groups)) for group in self.groups)
+
+    def __call__(self, z: Array, train: bool = False) -> Encoding:
+        """``z (..., D)``, any float dtype -> float32 codes ``(..., D)`` and int32 indices ``(..., groups)``."""
+        parts = [group(part, train) for group, part in zip(self.groups, self._cut(z), strict=True)]
+        return Encoding(
+            latents=jnp.concatenate([part.latents for part in parts], axis=-1),
+            indices=jnp.stack([part.indices for part in parts], axis=-1),
+            losses={name: sum(part.losses[name] for part in parts) / len(parts) for name in parts[0].losses},
+        )
+
+    def indices_to_codes(self, indices: Array) -> Array:
+        """int ``(..., groups)`` -> float32 codes ``(..., D)``."""
+        if indices.shape[-1] != len(self.groups):
+            raise ValueError(f"indices of {len(self.groups)} groups end in that axis, got shape {indices.shape}.")
+        parts = [group.indices_to_codes(indices[..., i]) for i, group in enumerate(self.groups)]
+        return jnp.concatenate(parts, axis=-1)
+
+    def codes_to_indices(self, codes: Array) -> Array:
+        """Codes ``(..., D)`` -> int32 ``(..., groups)``; the inverse of `indices_to_codes`."""
+        parts = zip(self.groups, self._cut(codes), strict=True)
+        return jnp.stack([group.codes_to_indices(part) for group, part in parts], axis=-1)
+
+    def _cut(self, x: Array) -> list[Array]:
+        if x.shape[-1] % len(self.groups):
+            raise ValueError(f"{len(self.groups)} groups do not divide the channels of shape {x.shape}.")
+        return jnp.split(x, len(self.groups), axis=-1)
