@@ -31,6 +31,18 @@ def optimizer(**changes) -> ConfigDict:
     return _changed(config, changes)
 
 
+def schedule(**changes) -> ConfigDict:
+    """A number that changes with the step (tokenizers/train/schedules.py), an entry of ``config.schedules``."""
+    config = ConfigDict()
+    config.kind = "cosine"  # cosine, linear, exponential: from start to end; piecewise: straight lines between points
+    config.start = 0.0
+    config.end = 1.0
+    config.steps = 1  # from start to end
+    config.begin = 0  # steps before that
+    config.points = ()  # (step, value) pairs of a piecewise one
+    return _changed(config, changes)
+
+
 def stream(**changes) -> ConfigDict:
     """One kind of batch: fixed frame count and one or several fixed sizes (buckets)."""
     config = ConfigDict()
@@ -96,6 +108,8 @@ def get_base() -> ConfigDict:
     config.loss.logvar = 0.0  # start of the learned log-variance
     config.loss.bottleneck = ConfigDict()  # weight of each loss term the bottleneck returns
 
+    config.schedules = ConfigDict({"loss": {}, "model": {}})  # by term of loss.bottleneck; by field, e.g. temperature
+
     config.discriminator = ConfigDict()
     config.discriminator.name = placeholder(str)  # patchgan_2d, patchgan_3d; None = no adversarial loss
     config.discriminator.channels = 64
@@ -130,6 +144,7 @@ def get_base() -> ConfigDict:
     config.evaluation = ConfigDict({"every": 1000, "items": 64, "final_report": True})  # with pictures; 0: at the end
     config.profile = ConfigDict({"start": 0, "steps": 0})  # write a profiler trace of that many steps
     config.lock()  # from here on a misspelt field is refused
-    for free in (config.model, config.loss.bottleneck, config.data.streams, config.data.sources):
+    schedules = (config.schedules.loss, config.schedules.model)
+    for free in (config.model, config.loss.bottleneck, config.data.streams, config.data.sources, *schedules):
         free.unlock()
     return config

@@ -135,7 +135,7 @@ class TwoLevels(nn.Module):
         half, dtype = self.channels // 2, self.dtype
         # Unbound copies: the module of the field itself would have variables of its own.
         self.quantize_top, self.quantize_bottom = (self.bottleneck.clone(parent=None) for _ in range(2))
-        code_channels = self.bottleneck.clone(parent=None).input_channels(self.latent_channels)
+        code_channels = self.quantize_top.input_channels(self.latent_channels)
         self.encoder_bottom = Encoder((half, self.channels), *stack, self.relu_before_blocks, dtype)
         self.encoder_top = Encoder((half,), *stack, self.relu_before_blocks, dtype)
         self.to_codes_top = Conv2d(code_channels, 1, dtype=dtype)

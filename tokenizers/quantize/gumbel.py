@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ..types import Encoding
 from .gradients import straight_through
 from .nearest import nearest
+from .scheduled import scheduled
 
 Array = jax.Array
 
@@ -30,7 +31,7 @@ class GumbelSoftmax(nn.Module):
       code_dim: channels D of the learned table; None for one-hot codes of K channels.
       project: a learned linear map from z to the logits; otherwise z is the logits.
       hard: while training the code is one table row (with the gradient of the relaxed choice), not a mixture of rows.
-      temperature: of the relaxation, where the call gives none.
+      temperature: of the relaxation, where neither the call nor a schedule (``config.schedules.model``) gives one.
     """
 
     codebook_size: int
@@ -38,6 +39,8 @@ class GumbelSoftmax(nn.Module):
     project: bool = True
     hard: bool = True
     temperature: float = 1.0
+
+    SCHEDULED = ("temperature",)
 
     def setup(self):
         if self.project:
@@ -59,7 +62,8 @@ class GumbelSoftmax(nn.Module):
         Args:
           z: ``(..., C)``, any float dtype; C = K when ``project`` is off.
           train: sample with the rng stream ``bottleneck``.
-          temperature: of the relaxation, a traced scalar for a schedule; default the attribute. Argmax ignores it.
+          temperature: of the relaxation, a number or traced scalar; by default the schedule's or the attribute. The
+            argmax has none.
 
         Returns:
           float32 latents ``(..., D)`` or ``(..., K)``, int32 indices ``(...)`` of the sample or the argmax, and ``kl``.
@@ -70,7 +74,7 @@ class GumbelSoftmax(nn.Module):
             indices = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             return Encoding(latents=self.indices_to_codes(indices), indices=indices, losses=losses)
         noise = jax.random.gumbel(self.make_rng("bottleneck"), logits.shape, jnp.float32)
-        temperature = self.temperature if temperature is None else temperature
+        temperature = scheduled(self, "temperature") if temperature is None else temperature
         choice, indices = gumbel_softmax(logits, noise, temperature, self.hard)
         return Encoding(latents=self.mix(choice), indices=indices, losses=losses)
 

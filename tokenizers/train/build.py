@@ -16,7 +16,7 @@ from ..discriminators import patchgan
 from ..losses import adversarial, balance
 from ..parallel import platform, rules
 from ..parallel.mesh import batch_parts, replicated
-from . import objective, optim
+from . import objective, optim, schedules
 from .config import write_atomically
 from .state import AdversaryState, TrainState, new_state
 from .step import Adversary, Recipe
@@ -34,8 +34,9 @@ def recipe(config: Mapping) -> Recipe:
     dtype = platform.compute_dtype(config["precision"])
     name, fields = _model_fields(config)
     optimizer, rate = optim.make(config["optimizer"], config["steps"])
+    model = registry.build(name, dtype=dtype, **fields)
     return Recipe(
-        model=registry.build(name, dtype=dtype, **fields),
+        model=model,
         objective=objective.build(config["loss"]),
         optimizer=optimizer,
         learning_rate=rate,
@@ -44,6 +45,7 @@ def recipe(config: Mapping) -> Recipe:
         ema_decay=config["ema_decay"],
         ema_warmup=config["ema_warmup"],
         accumulate=config["accumulate"],
+        schedules=schedules.build(config["schedules"], model, config["loss"]["bottleneck"]),
     )
 
 

@@ -70,21 +70,24 @@ class Objective:
         total = sum(term.weight * parts[term.name] for term in self.terms)
         return self.reduction(total, target, params), parts
 
-    def regularization(self, losses: Mapping[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-        """Weighted sum of the bottleneck's loss terms, and the terms."""
+    def regularization(
+        self, losses: Mapping[str, jax.Array], scheduled: Mapping[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        """Weighted sum of the bottleneck's loss terms, and the terms; weights of this step replace constant ones."""
         missing = set(losses) - set(self.bottleneck)
         if missing:
             raise ValueError(
                 f"the bottleneck returns the loss terms {sorted(losses)}, but config.loss.bottleneck has no weight for "
                 f"{sorted(missing)}; give each one (0.0 switches it off)."
             )
-        unused = {name for name, weight in self.bottleneck.items() if weight} - set(losses)
+        unused = {name for name, weight in self.bottleneck.items() if weight or name in (scheduled or {})} - set(losses)
         if unused:
             raise ValueError(
                 f"config.loss.bottleneck weights {sorted(unused)}, which this bottleneck does not return; "
                 f"it returns {sorted(losses)}."
             )
-        total = sum((self.bottleneck[name] * value for name, value in losses.items()), jnp.zeros((), jnp.float32))
+        weights = dict(self.bottleneck) | dict(scheduled or {})
+        total = sum((weights[name] * value for name, value in losses.items()), jnp.zeros((), jnp.float32))
         return total, dict(losses)
 
 

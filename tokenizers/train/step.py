@@ -21,6 +21,7 @@ from ..losses import adversarial, balance
 from ..parallel.constrain import constrain, whole
 from . import optim
 from .objective import Metrics, Objective
+from .schedules import Schedules
 from .state import AdversaryState, TrainState
 
 
@@ -77,6 +78,7 @@ class Recipe:
     ema_decay: float
     ema_warmup: bool
     accumulate: int
+    schedules: Schedules = Schedules()
 
     def at(self, step: int) -> Recipe:
         """The recipe of the program for that step: before ``adversary.start`` the discriminator costs nothing.
@@ -112,7 +114,7 @@ def make_step(recipe: Recipe) -> Callable[[TrainState, Any, jax.Array], tuple[Tr
             "skipped": new.skipped,
             "skipped_in_a_row": new.skipped_in_a_row,
             "learning_rate": recipe.learning_rate(state.step - state.skipped),  # the optimizer counts its updates
-        }
+        } | recipe.schedules.metrics(state.step)
         return new, metrics
 
     return step
@@ -161,7 +163,9 @@ def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) ->
                 target = pixel_values.to_float(pixels)
                 reconstruction = target
                 if adversary.runs:
-                    (reconstruction, _), model_state = _forward(recipe, params["model"], model_state, target, rngs)
+                    (reconstruction, _), model_state = _forward(
+                        recipe, params["model"], model_state, target, rngs, state.step
+                    )
                 grads, opponent, more = _discriminator_pass(adversary, opponent, state.step, reconstruction, pixels)
                 return (model_state, opponent), (grads, more)
 
@@ -217,9 +221,9 @@ def apply_to_clips(model: nn.Module, variables: Mapping, pixels: jax.Array, **op
     return (reconstruction.reshape(shape), encoding), state
 
 
-def _forward(recipe: Recipe, params, model_state: Mapping, pixels: jax.Array, rngs):
+def _forward(recipe: Recipe, params, model_state: Mapping, pixels: jax.Array, rngs, step):
     """((reconstruction, encoding), new model state)."""
-    variables = {"params": params, **model_state}
+    variables = {"params": params, **model_state, **recipe.schedules.variables(step)}
     return apply_to_clips(recipe.model, variables, pixels, train=True, rngs=rngs, mutable=list(model_state))
 
 
@@ -230,8 +234,8 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
     objective = recipe.objective
 
     def model(params):
-        (reconstruction, encoding), new_state = _forward(recipe, params, model_state, target, _rngs(key))
-        regularization, parts = objective.regularization(encoding.losses)
+        (reconstruction, encoding), new_state = _forward(recipe, params, model_state, target, _rngs(key), state.step)
+        regularization, parts = objective.regularization(encoding.losses, recipe.schedules.weights(state.step))
         return (constrain(reconstruction, *names), regularization), (new_state, parts)
 
     (reconstruction, regularization), pull, (model_state, bottleneck) = jax.vjp(
