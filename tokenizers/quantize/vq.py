@@ -20,6 +20,7 @@ from .codebook import (
     restart_dead_codes,
     to_metric,
 )
+from .entropy import FORMS, code_entropies
 from .gradients import ESTIMATORS, unit_norm
 from .nearest import DISTANCES, nearest
 
@@ -63,7 +64,9 @@ class VectorQuantizer(nn.Module):
     With ``distance="cosine"`` z and the codes are normalised to length one first; latents are unit vectors and the
     losses compare unit vectors.
 
-    ``orthogonal=True`` adds ``losses["orthogonality"]`` while a learned codebook trains (`orthogonality`).
+    ``orthogonal=True`` adds ``losses["orthogonality"]`` while a learned codebook trains (`orthogonality`), ``entropy``
+    the terms ``entropy_sample`` and ``entropy_codebook`` (weights w and -w; MaskGIT and MAGVIT: 0.1) of
+    softmax(-distance^2 / temperature).
 
     Moving averages live in the collection ``codebook``: ``codes (K, D)``, ``cluster_size (K,)``, ``embed_avg (K, D)``,
     the flag ``initialised`` and, with ``debias``, the count ``updates``. They change when ``train=True`` (the
@@ -87,6 +90,9 @@ class VectorQuantizer(nn.Module):
       kmeans_iterations: steps of k-means on the first training batch; 0 keeps the initial table.
       pick_rows: which inputs become codes in k-means and restarts: ``(key, rows (N, D), count) -> (count, D)``.
       orthogonal: also return ``orthogonality`` of the table while training.
+      entropy: also return the entropy terms in this form (``entropy.FORMS``) while training: ``smoothed`` for MaskGIT.
+      inverse_temperature: of the entropy terms; 100 for MaskGIT.
+      entropy_chunk_size: positions of the global batch handled at once by the entropy terms.
 
     Those from ``decay`` to ``pick_rows`` are refused with ``update="gradient"``, where the optimizer owns the table.
     """
@@ -105,8 +111,13 @@ class VectorQuantizer(nn.Module):
     kmeans_iterations: int = 0
     pick_rows: RowPicker = random_rows
     orthogonal: bool = False
+    entropy: str | None = None
+    inverse_temperature: float = 100.0
+    entropy_chunk_size: int = 256
 
     def __post_init__(self):
+        if self.entropy is not None:
+            errors.pick("entropy form", self.entropy, FORMS)
         errors.pick("distance", self.distance, DISTANCES)
         errors.pick("gradient estimator", self.estimator, ESTIMATORS)
         if self.update not in UPDATES:
@@ -167,6 +178,8 @@ class VectorQuantizer(nn.Module):
             losses["codebook"] = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
         if self.orthogonal and train:
             losses["orthogonality"] = orthogonality(self.table)
+        if self.entropy is not None and train:
+            losses["entropy_sample"], losses["entropy_codebook"] = self._entropies(z, table)
         if follow:
             self._store(self._averaged(rows, indices.reshape(-1)))
         return Encoding(latents=ESTIMATORS[self.estimator](z, codes), indices=indices, losses=losses)
@@ -183,6 +196,12 @@ class VectorQuantizer(nn.Module):
         """Codes ``(..., D)`` -> int32 ``(...)``: the nearest code, the lowest index of equal ones."""
         self._check(codes.shape)
         return nearest(to_metric(codes.astype(jnp.float32), self.distance), self.codebook(), self.distance)
+
+    def _entropies(self, z: Array, table: Array) -> tuple[Array, Array]:
+        # -|z - e|^2 is 2 <z, e> - |e|^2 and a part that all codes share: one more channel makes it an inner product.
+        z = jnp.concatenate([z, jnp.ones_like(z[..., :1])], axis=-1)
+        table = jnp.concatenate([table, -jnp.sum(jnp.square(table), axis=-1, keepdims=True) / 2], axis=-1)
+        return code_entropies(z, table, 2 * self.inverse_temperature, self.entropy, self.entropy_chunk_size)
 
     def _statistics(self) -> CodebookState:
         return CodebookState(self.codes.value, self.cluster_size.value, self.embed_avg.value)
