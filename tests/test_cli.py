@@ -251,3 +251,38 @@ def test_the_module_runs():
     command = [sys.executable, "-m", "tokenizers", "list"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=toys.ROOT)
     assert done.stdout.split() == list(tokenizers.available())
+
+
+def test_numbered_pictures_are_a_video(saved, tmp_path):
+    film = clip(6, 16, 20)
+    for number, frame in enumerate(film):
+        media.write(tmp_path / f"in/{number + 8:04}.png", frame)
+    (tmp_path / "in/notes.png").write_text("no number")
+    pattern = tmp_path / "in/%04d.png"
+    np.testing.assert_array_equal(media.read(pattern).pixels, film)
+    run("reconstruct", pattern, tmp_path / "out/%03d.png", "--checkpoint", saved, "--chunk_frames", 4)
+    assert names(tmp_path / "out") == [f"{number:03}.png" for number in range(1, 7)]
+    expected = levels(toys.causal().reconstruct(film[None])[0])
+    np.testing.assert_array_equal(media.read(tmp_path / "out/%03d.png").pixels, expected)
+    assert main(["reconstruct", str(tmp_path / "none/%04d.png"), str(tmp_path / "x"), "--checkpoint", str(saved)]) == 2
+
+
+def test_tokens_can_be_safetensors(saved, data, tmp_path):
+    options = ("--checkpoint", saved)
+    run("encode", data / "deep", tmp_path / "tokens", *options, "--format", "safetensors")
+    assert names(tmp_path / "tokens") == ["film.safetensors", "two.safetensors"]
+    run("decode", tmp_path / "tokens", tmp_path / "out", *options)
+    expected = levels(toys.causal().reconstruct(media.read(data / "deep/two.png").pixels[None])[0])
+    np.testing.assert_array_equal(media.read(tmp_path / "out/two.png").pixels, expected)
+    assert media.read(tmp_path / "out/film.mp4").pixels.shape == (8, 16, 20, 3)
+    (tmp_path / "tokens/film.safetensors").write_bytes(b"broken")
+    assert main(["decode", str(tmp_path / "tokens/film.safetensors"), str(tmp_path / "x"), *map(str, options)]) == 2
+
+
+def test_large_frames_pass_in_tiles(saved, data, tmp_path):
+    options = ("--checkpoint", saved, "--tile", 8, 8, "--tile_overlap", 4)
+    run("reconstruct", data / "one.png", tmp_path / "one.png", *options)
+    expected = toys.causal().tiled(8, overlap=4).reconstruct(media.read(data / "one.png").pixels[None])[0]
+    np.testing.assert_array_equal(media.read(tmp_path / "one.png").pixels, levels(expected))
+    run("reconstruct", data / "deep/film.mp4", tmp_path / "film.mp4", *options)
+    assert media.read(tmp_path / "film.mp4").pixels.shape == (8, 16, 20, 3)

@@ -33,16 +33,16 @@ def _parser() -> argparse.ArgumentParser:
     describe.add_argument("name")
     convert = _command(commands, "convert", _convert, "an official weight file, or a run, to a folder that loads fast")
     convert.add_argument("checkpoint", help="an official weight file, or a run of train.py (its EMA weights)")
-    convert.add_argument("target", help="a new folder")
+    convert.add_argument("target", help="a new folder; or a new .safetensors file, for the authors' own code to load")
     convert.add_argument("--model", help="variant of an official weight file")
     for name, run, text in (
-        ("encode", _encode, "pictures and videos to .npz files with indices or latents"),
-        ("decode", _decode, ".npz files of encode back to pictures and videos"),
+        ("encode", _encode, "pictures and videos to .npz or .safetensors files with indices or latents"),
+        ("decode", _decode, "files of encode back to pictures and videos"),
         ("reconstruct", _reconstruct, "encode and decode; videos lose their sound"),
     ):
         command = _command(commands, name, run, text)
-        command.add_argument("source", help="a file, or a folder of files")
-        command.add_argument("target", help="a file, or a folder")
+        command.add_argument("source", help="a file, a folder of files, or numbered pictures of a video: in/%%05d.png")
+        command.add_argument("target", help="a file, a folder, or out/%%05d.png")
         _add_tokenizer(command)
         command.add_argument(
             "--chunk_frames",
@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
             default=16,
             help="frames of a video that are in memory at once, for causal video and for image tokenizers (default 16)",
         )
+        tiles = {"nargs": 2, "type": _positive, "metavar": ("HEIGHT", "WIDTH")}
+        command.add_argument("--tile", help="large frames in overlapping tiles of that size: approximate", **tiles)
+        command.add_argument("--tile_overlap", type=int, default=64, help="pixels that tiles share (default 64)")
+        if name == "encode":
+            endings = ("npz", "safetensors")
+            command.add_argument("--format", choices=endings, default=endings[0], help="of files in a target folder")
         if name == "reconstruct":
             command.add_argument("--side_by_side", action="store_true", help="input left, reconstruction right")
     _add_dataset(commands)
@@ -111,14 +117,20 @@ def _load(arguments):
     from .parallel import platform
 
     dtype = platform.compute_dtype(arguments.precision)
-    return api.load(arguments.checkpoint, model=arguments.model).cast(dtype)
+    tokenizer = api.load(arguments.checkpoint, model=arguments.model).cast(dtype)
+    if getattr(arguments, "tile", None):
+        return tokenizer.tiled(tuple(arguments.tile), arguments.tile_overlap)
+    return tokenizer
 
 
 def _convert(arguments) -> None:
     from . import api
 
     tokenizer = api.load(arguments.checkpoint, model=arguments.model)
-    tokenizer.save(arguments.target)
+    if arguments.target.endswith(".safetensors"):
+        tokenizer.export_official(arguments.target)
+    else:
+        tokenizer.save(arguments.target)
     print(f"{arguments.target}: {tokenizer}")
 
 
@@ -130,7 +142,7 @@ def _encode(arguments) -> None:
     def work(source, target):
         files.encode(tokenizer, source, target, arguments.chunk_frames)
 
-    files.run(arguments.source, arguments.target, media.SUFFIXES, lambda path: files.STORED, work)
+    files.run(arguments.source, arguments.target, media.SUFFIXES, lambda path: f".{arguments.format}", work)
 
 
 def _decode(arguments) -> None:
@@ -144,7 +156,7 @@ def _decode(arguments) -> None:
     def ending(source) -> str:
         return ".mp4" if len(files.stored_facts(source)["shape"]) == 4 else ".png"
 
-    files.run(arguments.source, arguments.target, (files.STORED,), ending, work)
+    files.run(arguments.source, arguments.target, files.STORED, ending, work)
 
 
 def _reconstruct(arguments) -> None:

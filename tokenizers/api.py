@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import errors, registry, streaming
+from . import errors, registry, streaming, tiling
 from . import pixels as pixel_values
 from .parallel import mesh as meshes
 from .parallel import platform, rules
@@ -84,6 +84,9 @@ class Tokenizer:
         Args:
           latents: as `encode` returns them: ``(B, T', H', W', D)`` gives a video, ``(B, H', W', D)`` an image; those of
             tokenizers without a grid are ``(B, N, D)``, or ``(B, T, N, D)`` for the frames of a video.
+
+        Returns:
+          The frames of the clip and what filled it up: behind it, or, with ``spec.fills_front``, before it.
         """
         latents = _as_array(latents)
         if latents.ndim < 2 or latents.shape[-1] != self.spec.latent_channels:
@@ -107,10 +110,7 @@ class Tokenizer:
     def reconstruct(self, pixels) -> Array:
         """``decode(encode(pixels))`` with the rank, frame count and size of the input."""
         pixels = _as_array(pixels)
-        decoded = self.decode(self.encode(pixels).latents)
-        decoded = decoded[:, 0] if decoded.ndim > pixels.ndim else decoded
-        crop = tuple(slice(0, size) for size in pixels.shape[1:-1])
-        return decoded[(slice(None), *crop)]
+        return pixel_values.cropped(self.spec, self.decode(self.encode(pixels).latents), tuple(pixels.shape))
 
     def encode_stream(self, chunks: Iterable[Any]) -> Iterator[Encoding]:
         """Encodes a video of any length in constant memory; together the results are `encode` of the whole video.
@@ -139,7 +139,9 @@ class Tokenizer:
 
         Yields:
           float32 pixels of every chunk: ``compression[0]`` frames per latent frame, but one for the first of all. What
-          `encode_stream` has filled up is decoded too: cut the end to the frames that went in.
+          `encode_stream` has filled up is decoded too: cut the end to the frames that went in. With
+          ``spec.fills_front`` the first latent frame gives ``compression[0]`` frames as well, of which only the last
+          one went in. With ``spec.lookahead`` pixels come that many latent frames later, and the rest at the end.
         """
         return streaming.decode(self.module, self.name, self._run, chunks)
 
@@ -148,6 +150,15 @@ class Tokenizer:
         variables = dict(self.variables)
         placed = jax.tree.map(_on_devices, variables, rules.shardings(variables, mesh))
         return dataclasses.replace(self, variables=placed, mesh=mesh)
+
+    def tiled(self, tile: int | tuple[int, int], overlap: int = 64) -> tiling.TiledTokenizer:
+        """The same methods tile by tile, for pictures and frames that do not fit the memory; approximate.
+
+        Args:
+          tile: height and width of a tile in pixels, or one number for both.
+          overlap: pixels that neighbours share at least. See `tiling`.
+        """
+        return tiling.TiledTokenizer(self, (tile, tile) if isinstance(tile, int) else tuple(tile), overlap)
 
     def cast(self, dtype) -> Tokenizer:
         """The same tokenizer computing in another dtype (float32, bfloat16); parameters stay float32."""
@@ -168,6 +179,25 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: np.asarray(value, order="C") for name, value in flat.items()}, folder / _SAVED_WEIGHTS)
         (folder / _SAVED_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    def export_official(self, path: str | pathlib.Path | None = None) -> dict[str, np.ndarray]:
+        """The weights under the authors' names and in their layout, for the authors' code to load.
+
+        The inverse of `from_official`. Buffers that the authors' code computes itself are not among them.
+
+        Args:
+          path: a new ``.safetensors`` file to write them to as well.
+
+        Returns:
+          ``{official name: float32 array}``.
+        """
+        from .convert import engine
+
+        rules_ = _rules_of(_table(registry.system_of(self.name)), self.module)
+        state = engine.to_official(rules_, jax.device_get(dict(self.variables)))
+        if path is not None:
+            _write_official(pathlib.Path(path).expanduser(), state)
+        return state
 
     def _run(self, function: Callable, *values: Any) -> Any:
         """A compiled function of (module, variables, ..., value), on the devices of the tokenizer."""
@@ -191,10 +221,10 @@ class Tokenizer:
 @functools.partial(platform.jit, static_argnums=0)
 def _encode(module: nn.Module, variables, pixels) -> Encoding:
     spec = module.spec
-    shape = pixel_values.fitted(spec, _input_size(module), pixels.shape, strict=False)
-    pixels = pixel_values.pad(pixel_values.to_float(pixels), shape)
     extra = pixels.ndim - (5 if spec.video else 4)
-    encoding = module.apply(variables, _constrained(_folded(pixels, extra)), method="encode")
+    native = _folded(pixel_values.to_float(pixels), extra)
+    native = pixel_values.pad(native, pixel_values.fitted(spec, _input_size(module), native.shape, strict=False))
+    encoding = module.apply(variables, _constrained(native), method="encode")
     if spec.video and spec.tokens_per_item is not None:  # a clip of one frame has as many tokens as any
         return encoding
     return jax.tree.map(lambda leaf: _unfolded(leaf, extra, pixels.shape) if leaf.ndim else leaf, encoding)
@@ -206,6 +236,8 @@ def _decode(module: nn.Module, variables, latents) -> Array:
     native = _folded(latents, extra)
     native = _constrained(native) if module.spec.tokens_per_item is None else native
     decoded = module.apply(variables, native, method="decode")
+    if extra < 0 and module.spec.fills_front:
+        decoded = decoded[:, -1:]
     return _unfolded(decoded, extra, latents.shape).astype(jnp.float32)
 
 
@@ -377,6 +409,17 @@ def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[st
     return _converted(table, state_dict, system, table.fields_from_official(config))
 
 
+def _write_official(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: official weights are written to files that end in .safetensors.")
+    if path.exists():
+        raise ValueError(f"{path} exists; choose a new file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(state), path)
+
+
 def _table(system: str):
     """The conversion file of a system."""
     from . import convert
@@ -385,6 +428,11 @@ def _table(system: str):
     if system not in known:
         raise errors.unknown("system with official weights", system, known)
     return known[system]
+
+
+def _rules_of(table, module: nn.Module):
+    """The rules of a conversion file for this model."""
+    return table.table_of(module) if hasattr(table, "table_of") else table.TABLE
 
 
 def _converted(table, state_dict: Mapping[str, np.ndarray], name: str, fields: Mapping[str, Any]) -> Tokenizer:
@@ -397,5 +445,6 @@ def _converted(table, state_dict: Mapping[str, np.ndarray], name: str, fields: M
     if hasattr(table, "fields_from_weights"):
         fields = {**fields, **table.fields_from_weights(module, state_dict)}
         module = registry.build(name, **fields)
-    variables = engine.to_tree(table.TABLE, registry.abstract_variables(module), state_dict, ignore=table.IGNORE)
+    shapes = registry.abstract_variables(module)
+    variables = engine.to_tree(_rules_of(table, module), shapes, state_dict, ignore=table.IGNORE)
     return Tokenizer(module, jax.tree.map(jnp.asarray, variables), name, fields)

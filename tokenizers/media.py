@@ -1,10 +1,14 @@
-"""Whole pictures and videos from and to files, for the command line and for notebooks."""
+"""Whole pictures and videos from and to files, for the command line and for notebooks.
+
+A video is a file, or numbered pictures named by a pattern as in FFmpeg: ``frames/%05d.png``.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import pathlib
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -18,7 +22,8 @@ SUFFIXES = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
 WRITABLE_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WRITABLE_VIDEOS = (".mp4", ".mkv", ".mov", ".avi")
 
-_FALLBACK_FPS = 25.0  # of containers that do not say
+_FALLBACK_FPS = 25.0  # of containers that do not say, and of numbered pictures
+_NUMBER = re.compile(r"%(?:0(\d+))?d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +34,35 @@ class Item:
     fps: float
 
 
+def is_sequence(path: str | pathlib.Path) -> bool:
+    """Whether a name is a pattern of numbered pictures."""
+    return _NUMBER.search(pathlib.Path(path).name) is not None
+
+
+def sequence(path: str | pathlib.Path) -> list[pathlib.Path]:
+    """The numbered pictures that a pattern names, in order.
+
+    Raises:
+      ValueError: where there is none.
+    """
+    path = pathlib.Path(path)
+    before, digits, after = _NUMBER.split(path.name, maxsplit=1)
+    number = re.compile(f"{re.escape(before)}(\\d{{{digits or 1},}}){re.escape(after)}")
+    found = ((number.fullmatch(entry.name), entry) for entry in path.parent.glob("*"))
+    numbered = sorted((int(match[1]), entry) for match, entry in found if match)
+    if not numbered:
+        raise ValueError(f"no file is called {path}, with a number in place of {_NUMBER.search(path.name)[0]}.")
+    return [entry for _, entry in numbered]
+
+
 def is_video(path: str | pathlib.Path) -> bool:
-    """Whether a file name has the ending of a video.
+    """Whether a file name has the ending of a video, or is a pattern of numbered pictures.
 
     Raises:
       ValueError: for an ending that is neither a picture's nor a video's.
     """
+    if is_sequence(path):
+        return True
     suffix = pathlib.Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise errors.unknown("file ending", suffix, SUFFIXES)
@@ -93,6 +121,10 @@ def open_video(path: str | pathlib.Path) -> Iterator[Video]:
 
     from .data import decode
 
+    if is_sequence(path):
+        pictures = sequence(path)
+        yield Video(_FALLBACK_FPS, len(pictures), _pictures(path, pictures))
+        return
     try:
         container = decode.open_container(str(path))
     except (av.FFmpegError, OSError) as error:
@@ -108,16 +140,27 @@ def open_video(path: str | pathlib.Path) -> Iterator[Video]:
 def _frames(path, container, stream) -> Iterator[np.ndarray]:
     import av
 
-    shape = None
+    upright = (
+        np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4))
+        for frame in container.decode(stream)
+    )
     try:
-        for frame in container.decode(stream):
-            pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
-            if shape not in (None, pixels.shape):
-                raise ValueError(f"{path}: the frame size changes from {shape[:2]} to {pixels.shape[:2]}.")
-            shape = pixels.shape
-            yield np.ascontiguousarray(pixels)
+        yield from _of_one_size(path, upright)
     except av.FFmpegError as error:
         raise ValueError(f"{path} is damaged ({error}).") from error
+
+
+def _pictures(path, pictures: list[pathlib.Path]) -> Iterator[np.ndarray]:
+    yield from _of_one_size(path, map(read_image, pictures))
+
+
+def _of_one_size(path, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    shape = None
+    for pixels in frames:
+        if shape not in (None, pixels.shape):
+            raise ValueError(f"{path}: the frame size changes from {shape[:2]} to {pixels.shape[:2]}.")
+        shape = pixels.shape
+        yield pixels
     if shape is None:
         raise ValueError(f"{path} holds no video frame.")
 
@@ -147,7 +190,8 @@ def check_target(path: str | pathlib.Path, video: bool) -> pathlib.Path:
       ValueError: with the accepted endings.
     """
     path = pathlib.Path(path)
-    accepted, what = (WRITABLE_VIDEOS, "a video") if video else (WRITABLE_IMAGES, "a picture")
+    as_video = video and not is_sequence(path)
+    accepted, what = (WRITABLE_VIDEOS, "a video") if as_video else (WRITABLE_IMAGES, "a picture")
     if path.suffix.lower() not in accepted:
         raise ValueError(f"{path}: {what} cannot be written with that ending. Accepted: {', '.join(accepted)}.")
     return path
@@ -155,6 +199,8 @@ def check_target(path: str | pathlib.Path, video: bool) -> pathlib.Path:
 
 class VideoWriter:
     """Writes a video frame by frame; makes the folder, and removes the file when an error ends the ``with`` block.
+
+    A pattern, ``frames/%05d.png``, is written as pictures from number 1 on; those stay after an error.
 
     H.264 (MPEG-4 where PyAV lacks it) at high quality with 4:2:0 colour. That needs even sizes: odd ones are kept by
     writing 4:4:4 colour instead, which some players cannot show. MPEG-4 cannot do that: it refuses odd sizes.
@@ -165,11 +211,17 @@ class VideoWriter:
         self._fps = Fraction(fps).limit_denominator(1000)
         self._container: Any = None
         self._stream: Any = None
+        self._numbered = 0
 
     def add(self, frames: np.ndarray) -> None:
         """Appends uint8 frames ``(T, H, W, 3)``."""
         import av
 
+        if is_sequence(self.path):
+            for frame in frames:
+                self._numbered += 1
+                write(self.path.with_name(self.path.name % self._numbered), frame)
+            return
         if self._container is None:
             self._open(frames.shape[1], frames.shape[2])
         for frame in frames:

@@ -81,10 +81,12 @@ def fitted(spec: Spec, input_size: tuple[int, int] | None, shape: tuple[int, ...
     time, height, width = spec.compression
     wanted = list(shape)
     rules = []
-    if spec.video and len(shape) == 5:
+    if spec.video and len(shape) == 5 and not spec.fills_front:
         first = int(spec.first_frame_alone)
         wanted[1] = first + -(-(shape[1] - first) // time) * time
         rules.append(f"frames must be {'1 + ' * first}{time} k")
+    if strict and spec.video and len(shape) == 4 and time > 1 and not spec.first_frame_alone:
+        raise ValueError(f"images, pixels of shape {shape}, do not fit: frames must be {time} k; repeat the image.")
     if input_size is not None:
         wanted[-3:-1] = input_size
         rules.append(f"height and width must be {input_size[0]} and {input_size[1]}")
@@ -96,6 +98,15 @@ def fitted(spec: Spec, input_size: tuple[int, int] | None, shape: tuple[int, ...
         near = "resize them first" if small else f"the nearest larger shape is {tuple(wanted)}"
         raise ValueError(f"pixels of shape {shape} do not fit: {', '.join(rules)}; {near}.")
     return tuple(wanted)
+
+
+def cropped(spec: Spec, decoded, shape: tuple[int, ...]):
+    """Decoded pixels cut to the rank, frame count and size of the input, whose shape is given."""
+    if decoded.ndim > len(shape):
+        decoded = decoded[:, 0]
+    if spec.fills_front and len(shape) == 5:
+        decoded = decoded[:, -shape[1] :]
+    return decoded[(slice(None), *(slice(0, size) for size in shape[1:-1]))]
 
 
 def pad(pixels, shape: tuple[int, ...]):

@@ -38,7 +38,7 @@ def encode(module: nn.Module, name: str, run: Run, chunks: Iterable[Any]) -> Ite
 def decode(module: nn.Module, name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Array]:
     """See `api.Tokenizer.decode_stream`."""
     spec = _streaming_spec(module, name)
-    return _pixels(name, run, _checked_latents(spec, name, chunks))
+    return _pixels(spec, name, run, _checked_latents(spec, name, chunks))
 
 
 def _streaming_spec(module: nn.Module, name: str) -> Spec:
@@ -57,12 +57,31 @@ def _encodings(spec: Spec, name: str, run: Run, chunks: Iterable[Any]) -> Iterat
         yield encoding
 
 
-def _pixels(name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Array]:
+def _pixels(spec: Spec, name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Array]:
     state: dict[str, Any] = {}
-    for latents in chunks:
-        pixels, state = run(_decode_chunk, state, latents)
-        _check_state(state, name)
+    for latents, last in _held_back(chunks, spec.lookahead):
+        pixels, state = run(_decode_last_chunk if last else _decode_chunk, state, latents)
+        if not last:
+            _check_state(state, name)
         yield pixels
+
+
+def _held_back(chunks: Iterable[Any], count: int) -> Iterator[tuple[Any, bool]]:
+    """(latents, whether they are the last): ``count`` latent frames wait, so that the last ones are known as such.
+
+    With a count of 0 nothing waits and no chunk is known to be the last.
+    """
+    if not count:
+        yield from ((chunk, False) for chunk in chunks)
+        return
+    held = None
+    for chunk in chunks:
+        held = chunk if held is None else _joined(held, chunk)
+        if held.shape[1] > count:
+            yield held[:, :-count], False
+            held = held[:, -count:]
+    if held is not None:
+        yield held, True
 
 
 def _check_state(state: Any, name: str) -> None:
@@ -81,10 +100,20 @@ def _encode_chunk(module: nn.Module, variables, state, pixels):
 
 @functools.partial(platform.jit, static_argnums=0)
 def _decode_chunk(module: nn.Module, variables, state, latents):
+    latents = _as_latents(module, variables, latents)
+    return module.apply(dict(variables) | state, latents, method="decode", mutable=[_STREAM])
+
+
+@functools.partial(platform.jit, static_argnums=0)
+def _decode_last_chunk(module: nn.Module, variables, state, latents):
+    # Layers that look ahead take a call that leaves no history for the last one.
+    return module.apply(dict(variables) | state, _as_latents(module, variables, latents), method="decode"), {}
+
+
+def _as_latents(module: nn.Module, variables, latents):
     if jnp.issubdtype(latents.dtype, jnp.integer):
         latents = module.apply(variables, latents, method="indices_to_latents")
-    latents = constrain(latents, *_NAMES)
-    return module.apply(dict(variables) | state, latents, method="decode", mutable=[_STREAM])
+    return constrain(latents, *_NAMES)
 
 
 def _checked_pixels(spec: Spec, chunks: Iterable[Any]) -> Iterator[Any]:

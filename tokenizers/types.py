@@ -42,13 +42,17 @@ class Spec:
       compression: input pixels per token along (time, height, width).
       latent_channels: channels of ``Encoding.latents``.
       codebook_size: number of codes, ``None`` for continuous tokenizers.
-      causal: a change of frame t never changes anything computed for frames before t.
+      causal: a change of frame t never changes anything computed for frames before t (but see ``lookahead``).
       video: the module takes ``(B, T, H, W, C)``; an image tokenizer takes ``(B, H, W, C)``.
       last_layer: parameter path of the decoder's last kernel, for the adaptive GAN weight.
       first_frame_alone: the first frame has a latent of its own, so clips of 1 + k * compression[0] frames fit.
       channels: pixel channels.
       tokens_per_item: number of tokens of a 1-D tokenizer, whatever the input size; ``None`` for grids.
       codebooks: indices per latent; if there are several (residual quantizers), they are a last axis of the indices.
+      fills_front: clips of any length fit: the module puts copies of the first frame in front, up to a multiple of
+        ``compression[0]``, and ``decode`` gives those frames too. The clip is the end of what comes out.
+      lookahead: latent frames after its own that a decoded frame depends on. A stream is decoded that much later, and
+        its last chunk by a call that leaves no history.
     """
 
     compression: tuple[int, int, int]
@@ -61,6 +65,8 @@ class Spec:
     channels: int = 3
     tokens_per_item: int | None = None
     codebooks: int = 1
+    fills_front: bool = False
+    lookahead: int = 0
 
     @property
     def bits_per_token(self) -> float | None:

@@ -20,7 +20,7 @@ from .. import media, pixels
 from ..api import Tokenizer
 from ..types import Encoding, Spec
 
-STORED = ".npz"
+STORED = (".npz", ".safetensors")
 _ARRAYS = ("indices", "latents")
 
 Work = Callable[[pathlib.Path, pathlib.Path], None]
@@ -40,6 +40,10 @@ def run(source: str, target: str, accepted: tuple[str, ...], ending: Callable[[p
       ValueError: nothing to do, an output that would overwrite an input, or the first file that failed.
     """
     source_path, target_path = pathlib.Path(source), pathlib.Path(target)
+    if media.is_sequence(source_path):
+        media.sequence(source_path)  # or an error that says what is not there
+        work(source_path, target_path)
+        return
     if not source_path.exists():
         raise ValueError(f"{source_path} does not exist.")
     if source_path.is_file():
@@ -84,8 +88,8 @@ def facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def encode(tokenizer: Tokenizer, source: pathlib.Path, target: pathlib.Path, chunk_frames: int) -> None:
     """Writes the indices (or continuous latents) of a picture or video, with what `decode` needs to know."""
-    if target.suffix != STORED:
-        raise ValueError(f"{target}: tokens are written to files that end in {STORED}.")
+    if target.suffix not in STORED:
+        raise ValueError(f"{target}: tokens are written to files that end in {' or '.join(STORED)}.")
     stored = _ARRAYS[0] if tokenizer.spec.codebook_size else _ARRAYS[1]
     if media.is_video(source):
         with media.open_video(source) as video:
@@ -97,16 +101,22 @@ def encode(tokenizer: Tokenizer, source: pathlib.Path, target: pathlib.Path, chu
         picture = media.read_image(source)
         array, shape, fps = getattr(tokenizer.encode(picture[None]), stored)[0], list(picture.shape), 0.0
     about = {"shape": shape, "fps": fps, "tokenizer": facts(tokenizer)}
-    save(target, {stored: np.asarray(array), "facts": np.asarray(json.dumps(about))})
+    save(target, {stored: np.asarray(array)}, json.dumps(about))
 
 
-def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an .npz file that is there whole or not at all."""
+def save(path: pathlib.Path, arrays: dict[str, np.ndarray], facts: str | None = None) -> None:
+    """Writes arrays, and a text about them, to an .npz or .safetensors file that is there whole or not at all."""
+    from safetensors.numpy import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
+        if path.suffix == STORED[1]:
+            about = None if facts is None else {"facts": facts}
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, about)
+        else:
+            with partial.open("wb") as file:
+                np.savez(file, **arrays, **({} if facts is None else {"facts": np.asarray(facts)}))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -122,15 +132,29 @@ def stored_facts(source: pathlib.Path) -> dict[str, Any]:
 
 
 def _stored(source: pathlib.Path) -> tuple[np.ndarray | None, dict[str, Any]]:
+    from safetensors import SafetensorError
+
     try:
-        with np.load(source, allow_pickle=False) as file:
-            about = json.loads(str(file["facts"]))
-            array = next((file[name] for name in _ARRAYS if name in file.files), None)
-            if array is None or not {"shape", "fps", "tokenizer"} <= set(about):
-                raise ValueError("tokens or facts are missing")
-            return array, about
-    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+        arrays, facts = (_from_safetensors if source.suffix == STORED[1] else _from_npz)(source)
+        about = json.loads(facts)
+        array = next((arrays[name] for name in _ARRAYS if name in arrays), None)
+        if array is None or not {"shape", "fps", "tokenizer"} <= set(about):
+            raise ValueError("tokens or facts are missing")
+        return array, about
+    except (ValueError, KeyError, TypeError, OSError, EOFError, SafetensorError) as error:
         raise ValueError(f"{source} was not written by `python -m tokenizers encode` ({error}).") from error
+
+
+def _from_npz(source: pathlib.Path) -> tuple[dict[str, np.ndarray], str]:
+    with np.load(source, allow_pickle=False) as file:
+        return {name: file[name] for name in _ARRAYS if name in file.files}, str(file["facts"])
+
+
+def _from_safetensors(source: pathlib.Path) -> tuple[dict[str, np.ndarray], str]:
+    from safetensors import safe_open
+
+    with safe_open(source, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {})["facts"]  # noqa: SIM118
 
 
 def decode(tokenizer: Tokenizer, source: pathlib.Path, target: pathlib.Path, chunk_frames: int) -> None:
@@ -262,7 +286,11 @@ def _portions(spec: Spec, array: np.ndarray, chunk_frames: int) -> Iterator[np.n
 def _pixels(tokenizer: Tokenizer, parts: Iterable[Any]) -> Iterator[Any]:
     """Pixels of consecutive encodings, indices or latents."""
     if _streams(tokenizer.spec):
-        yield from tokenizer.decode_stream(parts)
+        spec = tokenizer.spec
+        skip = spec.compression[0] - 1 if spec.fills_front else 0
+        for clip in tokenizer.decode_stream(parts):
+            yield clip[:, skip:]
+            skip = 0
     else:
         for part in parts:
             yield _decoded(tokenizer, part.latents if isinstance(part, Encoding) else part)
