@@ -47,7 +47,6 @@ def test_all_fields_of_a_bottleneck_can_be_written_and_built_again(bottleneck):
         "vq": {"codebook_size": 8, "code_dim": 4},
         "lfq": {"bits": 4},
         "gumbel": {"codebook_size": 8},
-        "residual_fsq": {"levels": (5, 5, 5)},
     }
     module = quantize.create(bottleneck, **needed.get(bottleneck, {}))
     written = registry.fields_of(module)

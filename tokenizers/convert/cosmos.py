@@ -195,9 +195,10 @@ def _discrete(config: Mapping[str, Any]) -> dict[str, Any]:
     levels, channels = tuple(_value(config, "levels")), _value(config, "embedding_dim")
     if channels != len(levels):
         raise ValueError(f"embedding_dim={channels} must be the number of levels, {len(levels)} ({levels}).")
+    fsq = {"name": "fsq", "levels": levels}
     kinds = {
-        "FSQ": {"name": "fsq", "levels": levels},
-        "RESFSQ": {"name": "residual_fsq", "levels": levels, "codebooks": config.get("num_quantizers", 4)},
+        "FSQ": fsq,
+        "RESFSQ": {"name": "residual", "layers": (fsq,) * config.get("num_quantizers", 4)},
     }
     _check_factor(config, 1)
     return {"bottleneck": pick("quantizer", _value(config, "quantizer"), kinds), "latent_channels": channels}

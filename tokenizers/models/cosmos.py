@@ -54,7 +54,7 @@ PATCHERS = ("haar", "rearrange")
 SCHEDULES = ("late", "legacy")
 
 
-# ------------------------------------------------------------------------------------------ layers of the video networks
+# ----------------------------------------------------------------------------------------- layers of the video networks
 
 
 class FactorizedAttention(nn.Module):
@@ -271,7 +271,7 @@ def _log2(number: int) -> int:
     return number.bit_length() - 1
 
 
-# ---------------------------------------------------------------------------------------------------- where they resample
+# -------------------------------------------------------------------------------------------------- where they resample
 
 
 def down_factors(network: str, compression: Factors, patch: int, levels: int) -> tuple[Factors, ...]:
@@ -311,7 +311,7 @@ def up_factors(network: str, compression: Factors, patch: int, levels: int, sche
     return ((1, 1), *reversed(factors))
 
 
-# ------------------------------------------------------------------------------------------------------ encoder, decoder
+# ----------------------------------------------------------------------------------------------------- encoder, decoder
 
 
 class _Network(nn.Module):

@@ -19,7 +19,6 @@ BOTTLENECKS = {
     "gumbel": (".gumbel", "GumbelSoftmax"),
     "gaussian": (".gaussian", "DiagonalGaussian"),
     "identity": (".identity", "Identity"),
-    "residual_fsq": (".residual_fsq", "ResidualFSQ"),
 }
 
 

@@ -24,7 +24,7 @@ class FSQ(nn.Module):
     """Rounds channel ``d`` to ``levels[d]`` values in [-1, 1]. No parameters.
 
     The shifted grid (the paper, vector-quantize-pytorch, Cosmos, VidTok) has the levels ``k / (L // 2)``: symmetric for
-    odd L, ``[-1, 1 - 2 / L]`` for even L. The symmetric grid has L evenly spaced levels from -1 to 1; L = 2 needs it.
+    odd L, ``[-1, 1 - 2 / L]`` for even L. The symmetric grid has L evenly spaced levels from -1 to 1.
 
     Attributes:
       levels: number of levels of each channel; their product is the codebook size.
@@ -50,12 +50,8 @@ class FSQ(nn.Module):
             raise errors.unknown("bound", self.bound, BOUNDS)
         if self.bound == "clamp" and not self.symmetric:
             raise ValueError("bound='clamp' needs the symmetric grid.")
-        lowest = 2 if self.symmetric else 3
-        if not self.levels or min(self.levels) < lowest:
-            raise ValueError(
-                f"FSQ levels must be at least {lowest} each ({'symmetric' if self.symmetric else 'shifted'} grid), "
-                f"got {tuple(self.levels)}."
-            )
+        if not self.levels or min(self.levels) < 2:
+            raise ValueError(f"FSQ levels must be at least 2 each, got {tuple(self.levels)}.")
         if math.prod(self.levels) >= 2**31:
             raise ValueError(f"FSQ levels {tuple(self.levels)} give more codes than int32 indices can name (2^31 - 1).")
         if self.entropy is not None:
