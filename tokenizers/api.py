@@ -78,12 +78,13 @@ class Tokenizer:
         pixel_values.fitted(self.spec, _input_size(self.module), tuple(pixels.shape), strict)
         return self._run(_encode, pixels)
 
-    def decode(self, latents) -> Array:
+    def decode(self, latents, text=None) -> Array:
         """Latents to float32 pixels around [-1, 1], not clipped.
 
         Args:
           latents: as `encode` returns them: ``(B, T', H', W', D)`` gives a video, ``(B, H', W', D)`` an image; those of
             tokenizers without a grid are ``(B, N, D)``, or ``(B, T, N, D)`` for the frames of a video.
+          text: features of captions ``(B, L, E)``, for decoders that read them (TA-TiTok), and for these only.
 
         Returns:
           The frames of the clip and what filled it up: behind it, or, with ``spec.fills_front``, before it.
@@ -94,11 +95,22 @@ class Tokenizer:
                 f"latents of {self.name} end in {self.spec.latent_channels} channels; got shape {tuple(latents.shape)}."
             )
         _extra_axes(self.spec, "latents", latents.shape, latents.ndim - 1)
-        return self._run(_decode, latents)
+        return self._run(_decode, self._text(text, latents.shape[0]), latents)
 
-    def decode_indices(self, indices) -> Array:
+    def _text(self, text, batch: int) -> Array | None:
+        """Features of captions, refused where their shape is not what the decoder reads."""
+        wanted = getattr(self.module, "text", None)
+        if text is None and wanted is None:
+            return None
+        found = None if text is None else tuple(_as_array(text).shape)
+        if wanted is None or found != (batch, *wanted):
+            reads = "no text" if wanted is None else f"text of shape {(batch, *wanted)}"
+            raise ValueError(f"the decoder of {self.name} reads {reads}; got {found}.")
+        return _as_array(text)
+
+    def decode_indices(self, indices, text=None) -> Array:
         """Token ids to pixels; the shape rules of `decode` without the channel axis."""
-        return self.decode(self.indices_to_latents(indices))
+        return self.decode(self.indices_to_latents(indices), text)
 
     def indices_to_latents(self, indices) -> Array:
         """Token ids to the codes that `decode` reads."""
@@ -107,10 +119,10 @@ class Tokenizer:
         _extra_axes(self.spec, "indices", indices.shape, indices.ndim - (self.spec.codebooks > 1))
         return self._run(_indices_to_latents, indices)
 
-    def reconstruct(self, pixels) -> Array:
-        """``decode(encode(pixels))`` with the rank, frame count and size of the input."""
+    def reconstruct(self, pixels, text=None) -> Array:
+        """``decode(encode(pixels), text)`` with the rank, frame count and size of the input."""
         pixels = _as_array(pixels)
-        return pixel_values.cropped(self.spec, self.decode(self.encode(pixels).latents), tuple(pixels.shape))
+        return pixel_values.cropped(self.spec, self.decode(self.encode(pixels).latents, text), tuple(pixels.shape))
 
     def encode_stream(self, chunks: Iterable[Any]) -> Iterator[Encoding]:
         """Encodes a video of any length in constant memory; together the results are `encode` of the whole video.
@@ -231,11 +243,12 @@ def _encode(module: nn.Module, variables, pixels) -> Encoding:
 
 
 @functools.partial(platform.jit, static_argnums=0)
-def _decode(module: nn.Module, variables, latents) -> Array:
+def _decode(module: nn.Module, variables, text, latents) -> Array:
     extra = _extra_axes(module.spec, "latents", latents.shape, latents.ndim - 1)
     native = _folded(latents, extra)
     native = _constrained(native) if module.spec.tokens_per_item is None else native
-    decoded = module.apply(variables, native, method="decode")
+    options = {} if text is None else {"text": jnp.repeat(text, native.shape[0] // text.shape[0], axis=0)}
+    decoded = module.apply(variables, native, method="decode", **options)
     if extra < 0 and module.spec.fills_front:
         decoded = decoded[:, -1:]
     return _unfolded(decoded, extra, latents.shape).astype(jnp.float32)
