@@ -57,6 +57,10 @@ def levels(x):
 def test_list_and_describe(capsys):
     run("list")
     assert capsys.readouterr().out.split() == list(tokenizers.available())
+    run("list", "--table")
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].removeprefix("| ") for row in rows] == list(tokenizers.available())
+    assert ["| causal3d-fsq-488-16777216", "images, clips", "4x8x8", "16777216 codes"] in [row[:4] for row in rows]
     run("describe", tokenizers.available()[0])
     assert "compression      (4, 8, 8)" in capsys.readouterr().out
 

@@ -28,7 +28,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m tokenizers", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="command")
-    _command(commands, "list", _list, "names of the released variants")
+    listing = _command(commands, "list", _list, "names of the released variants")
+    listing.add_argument("--table", action="store_true", help="with input, compression, latents and paper")
     describe = _command(commands, "describe", _describe, "facts about one of them")
     describe.add_argument("name")
     convert = _command(commands, "convert", _convert, "an official weight file, or a run, to a folder that loads fast")
@@ -101,8 +102,18 @@ def _positive(text: str) -> int:
 def _list(arguments) -> None:
     from . import registry
 
-    for name in registry.available():
-        print(name)
+    names = registry.available()
+    if not arguments.table:
+        print("\n".join(names))
+        return
+    print("| name | input | compression (t, h, w) | latents | paper |\n|---|---|---|---|---|")
+    for name, (_, variant) in sorted(registry.variants().items()):
+        spec = registry.build(name).spec
+        tokens = f"{spec.tokens_per_item} tokens, " if spec.tokens_per_item else ""
+        kind = f"{spec.codebook_size} codes" if spec.codebook_size else f"{spec.latent_channels} channels"
+        seen = "images, clips" if spec.video else "images"
+        compression = "x".join(map(str, spec.compression))
+        print(f"| {name} | {seen} | {compression} | {tokens}{kind} | {variant.paper} |")
 
 
 def _describe(arguments) -> None:
