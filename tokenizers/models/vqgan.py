@@ -74,9 +74,8 @@ class Model(nn.Module):
             channels=self.pixel_channels,
         )
 
-    def encode(self, pixels: Array, train: bool = False, **options: Any) -> Encoding:
-        """``(b h w c)`` in [-1, 1] -> codes ``(b h' w' d)``; options are those of the bottleneck (``temperature``)."""
-        return self.bottleneck(self.prequantized(pixels, train), train, **options)
+    def encode(self, pixels: Array, train: bool = False) -> Encoding:  # (b h w c) in [-1, 1] -> (b h' w' d)
+        return self.bottleneck(self.prequantized(pixels, train), train)
 
     def prequantized(self, pixels: Array, train: bool = False) -> Array:  # (b h w c) -> (b h' w' d)
         """What the bottleneck reads, float32."""
@@ -89,8 +88,8 @@ class Model(nn.Module):
     def indices_to_latents(self, indices: Array) -> Array:  # (b h' w') -> (b h' w' d)
         return self.bottleneck.indices_to_codes(indices)
 
-    def __call__(self, pixels: Array, train: bool = False, **options: Any) -> tuple[Array, Encoding]:
-        encoding = self.encode(pixels, train, **options)
+    def __call__(self, pixels: Array, train: bool = False) -> tuple[Array, Encoding]:
+        encoding = self.encode(pixels, train)
         return self.decode(encoding.latents, train), encoding
 
 
