@@ -20,8 +20,9 @@ from tokenizers.models import titok
 from tokenizers.parallel import platform
 from tokenizers.quantize.gaussian import reparameterize
 
-# float32 against float32 of PyTorch. Observed: latents 2e-6, pixels 3e-6, losses 1e-6.
-OUTPUT, LOSS = 1e-5, 1e-5
+# float32 against float32 of PyTorch. Observed: losses 1e-6, latents 2e-6, pixels 1.1e-5 behind the 24 + 24 layers, the
+# sharp softmax and the convolutions of the largest.
+OUTPUT, LOSS = 3e-5, 1e-5
 
 
 @functools.lru_cache(maxsize=2)  # released sizes have 400 million parameters

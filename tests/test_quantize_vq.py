@@ -211,11 +211,13 @@ def test_searching_the_codebook_in_parts_finds_the_same_codes(distance):
         np.testing.assert_array_equal(nearest(z, codes, distance, codes_per_chunk), expected)
 
 
-def test_a_large_search_does_not_hold_all_distances():
-    z = jax.ShapeDtypeStruct((2**16, 8), jnp.float32)
-    codes = jax.ShapeDtypeStruct((2**16, 8), jnp.float32)
+@pytest.mark.parametrize(("shape", "size"), [((2**16,), 2**16), ((16, 32, 32), 2**18)])
+def test_a_large_search_does_not_hold_all_distances(shape, size):
+    """The second is a batch of 16 pictures of 256x256 pixels, a token for 8x8, and 2^18 codes."""
+    z = jax.ShapeDtypeStruct((*shape, 8), jnp.float32)
+    codes = jax.ShapeDtypeStruct((size, 8), jnp.float32)
     compiled = jax.jit(nearest).lower(z, codes).compile()
-    # All distances are 16 GiB; a part is limited to 0.5 GiB, and the scores may exist twice.
+    # All distances are 16 GiB in both; a part is limited to 0.5 GiB, and the scores may exist twice.
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 2**30
 
 
