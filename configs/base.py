@@ -26,6 +26,7 @@ def optimizer(**changes) -> ConfigDict:
     config.b2 = 0.999
     config.eps = 1e-8
     config.weight_decay = 0.0
+    config.decay = "kernels"  # what weight_decay acts on: kernels, all
     config.clip = 1.0  # largest global gradient norm; 0 = no clipping
     config.frozen = ()  # regular expressions over parameter paths that stay as they are
     return _changed(config, changes)

@@ -44,12 +44,16 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(free["b"], [-4e-3], rtol=1e-2)
 
 
-def test_weight_decay_acts_on_kernels_alone():
+def test_weight_decay_acts_on_kernels_or_on_all():
     params = {"conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
     zeros = jax.tree.map(jnp.zeros_like, params)
     moved = updated(make(name="adamw", lr=0.1, weight_decay=0.5)[0], params, zeros)
     np.testing.assert_allclose(moved["conv"]["kernel"], 0.95 * np.ones((2, 2)), rtol=1e-6)
     chex.assert_trees_all_equal((moved["conv"]["bias"], moved["norm"]), (params["conv"]["bias"], params["norm"]))
+    moved = updated(make(name="adamw", lr=0.1, weight_decay=0.5, decay="all")[0], params, zeros)
+    np.testing.assert_allclose(moved["norm"]["scale"], 0.95 * np.ones(2), rtol=1e-6)
+    with pytest.raises(ValueError, match="weight decay acts on 'al'. Did you mean 'all'"):
+        make(name="adamw", decay="al")
 
 
 def test_frozen_parameters_stay_and_the_rest_moves():

@@ -40,7 +40,12 @@ def _adam(config, rate):
 
 def _adamw(config, rate):
     return optax.adamw(
-        rate, b1=config["b1"], b2=config["b2"], eps=config["eps"], weight_decay=config["weight_decay"], mask=_kernels
+        rate,
+        b1=config["b1"],
+        b2=config["b2"],
+        eps=config["eps"],
+        weight_decay=config["weight_decay"],
+        mask=errors.pick("set of parameters that weight decay acts on", config["decay"], DECAYED),
     )
 
 
@@ -48,16 +53,20 @@ OPTIMIZERS = {"adam": _adam, "adamw": _adamw}
 
 
 def _kernels(params: Any) -> Any:
-    """Weight decay acts on matrices and convolution kernels, not on biases, norms and embeddings."""
+    """Matrices and convolution kernels, not biases, norms and embeddings."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: path_name(path).endswith("kernel"), params)
+
+
+DECAYED = {"kernels": _kernels, "all": None}
 
 
 def make(config: Mapping, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer: clip the global norm, step, leave parameters that match ``frozen`` alone.
 
     Args:
-      config: ``name`` (adam, adamw), the fields of `schedule`, ``b1``, ``b2``, ``eps``, ``weight_decay``, ``clip``
-        (largest global gradient norm; 0 = no clipping), ``frozen`` (regular expressions over parameter paths).
+      config: ``name`` (adam, adamw), the fields of `schedule`, ``b1``, ``b2``, ``eps``, ``weight_decay``,
+        ``decay`` (what that acts on: kernels, all), ``clip`` (largest global gradient norm; 0 = no clipping),
+        ``frozen`` (regular expressions over parameter paths).
       steps: length of the run.
     """
     make_step = errors.pick("optimizer", config["name"], OPTIMIZERS)
