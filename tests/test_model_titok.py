@@ -8,12 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import refweights
 from reference import Case, cases, relative_l2
 
 import tokenizers
 from tokenizers import registry
+from tokenizers.convert import engine
 from tokenizers.convert import titok as conversion
 from tokenizers.convert.engine import to_official
 from tokenizers.models import titok
@@ -140,6 +142,102 @@ def test_activations_are_the_official_ones(name):
         assert relative_l2(ours.reshape(value.shape), value) < OUTPUT, key
         compared += 1
     assert compared >= 10
+
+
+class Pretrained(Case):
+    """The frozen VQGAN of a case, whose tensors are in a table of their own."""
+
+    def __init__(self, case):
+        entry = case.meta["modules"]["pretrained_tokenizer"]
+        self.meta = {"state_dict": entry["state_dict"], "weight_overrides": entry["weight_overrides"]}
+
+
+PROXY_CONFIG = {
+    "encoder_decoder": {
+        "channel_mult": [1, 1, 2, 2, 4],
+        "num_resolutions": 5,
+        "dropout": 0.0,
+        "hidden_channels": 128,
+        "num_channels": 3,
+        "num_res_blocks": 2,
+        "resolution": 256,
+        "z_channels": 256,
+    },
+    "quantizer": {"num_embeddings": 1024, "embedding_dim": 256, "commitment_cost": 0.25},
+}
+
+
+@pytest.mark.parametrize("name", cases("titok", "train_stage1_.*"))
+def test_training_steps_of_the_first_stage_are_the_official_ones(name):
+    """Cross entropy to MaskGIT's tokens, quantizer losses, gradients, clipping, AdamW without decay of some."""
+    case, tok = converted(name)
+    meta, expected = case.meta, case.outputs
+    pixels = drawn(case, "image")
+    proxies = tokenizers.from_official("maskgit_vqgan", PROXY_CONFIG, Pretrained(case).weights())
+    codes = proxies.encode(pixels).indices.reshape(len(pixels), -1)
+    sure = expected["proxy_margin"] >= 1e-3
+    np.testing.assert_array_equal(np.asarray(codes)[sure], expected["proxy_codes"][sure])
+    codes = expected["proxy_codes"]
+    commitment = meta["config"]["model"]["vq_model"]["commitment_cost"]
+    options = meta["config"]["optimizer"]["params"]
+
+    def decayed(params):
+        paths = engine.official_names(conversion.TABLE, engine.flatten({"params": params}))
+        flat = {path: name not in meta["no_weight_decay"] for path, name in paths.items()}
+        return engine.unflatten(flat)["params"]
+
+    adamw = optax.chain(
+        optax.clip_by_global_norm(meta["params"]["max_grad_norm"]),
+        optax.adamw(
+            options["learning_rate"],
+            b1=options["beta1"],
+            b2=options["beta2"],
+            weight_decay=options["weight_decay"],
+            mask=decayed,
+        ),
+    )
+
+    @functools.partial(jax.jit, compiler_options=platform.run_once_options())
+    def step(params, optimizer):
+        def objective(params):
+            logits, encoding = tok.module.apply({"params": params}, pixels, train=True)
+            flat = logits.reshape(len(pixels), -1, logits.shape[-1])
+            reconstruction = optax.softmax_cross_entropy_with_integer_labels(flat, codes).mean()
+            parts = {"commitment_loss": commitment * encoding.losses["commitment"]}
+            parts["codebook_loss"] = encoding.losses["codebook"]
+            parts["quantizer_loss"] = parts["commitment_loss"] + parts["codebook_loss"]
+            total = reconstruction + parts["quantizer_loss"]
+            parts |= {"reconstruction_loss": reconstruction, "total_loss": total}
+            return total, (parts, logits, encoding.indices)
+
+        grads, aux = jax.grad(objective, has_aux=True)(params)
+        updates, optimizer = adamw.update(grads, optimizer, params)
+        return optax.apply_updates(params, updates), optimizer, grads, aux
+
+    def official(tree):
+        return to_official(conversion.TABLE, {"params": jax.device_get(tree)})
+
+    params, optimizer = tok.params, adamw.init(tok.params)
+    for i in range(2):
+        params, optimizer, grads, (parts, logits, indices) = step(params, optimizer)
+        losses = [parts[key] for key in meta[f"step{i}_loss_names"]]
+        np.testing.assert_allclose(losses, expected[f"step{i}_losses"], rtol=1e-4)
+        grads, after = official(grads), official(params)
+        if i == 0:
+            np.testing.assert_array_equal(indices, expected["indices"])
+            assert relative_l2(logits[..., ::4], expected["logits"]) < OUTPUT
+            norms = [np.linalg.norm(grads[key]) for key in meta["grad_norm_names"]]
+            np.testing.assert_allclose(norms, expected["grad_norms"], rtol=1e-3, atol=1e-6)
+            np.testing.assert_allclose(np.linalg.norm(norms), expected["grad_total_norm"], rtol=1e-4)
+            for key in meta["params"]["picks"]:
+                theirs = expected[f"grad:{key}"]
+                assert relative_l2(stored(meta["outputs"][f"grad:{key}"], grads[key]), theirs) < 1e-3, key
+        for key in meta["params"]["picks"]:
+            theirs = expected[f"step{i}_param:{key}"]
+            ours = stored(meta["outputs"][f"step{i}_param:{key}"], after[key])
+            # The first steps of Adam are signs: where a gradient is rounding noise, so is the step.
+            close = np.abs(ours - theirs) < 0.05 * options["learning_rate"]
+            assert close.mean() > 0.99, key
 
 
 # What holds without the originals ------------------------------------------------------------------------------------
