@@ -256,9 +256,9 @@ def test_two_levels_encode_and_decode_as_the_original(name):
     case, tok = two_levels(name)
     expected, pixels = case.outputs, drawn(case, "image")
     encoding = tok.encode(pixels)
-    top, bottom = split_levels(encoding.indices[..., None])
-    np.testing.assert_array_equal(top[..., 0], expected["indices_top"])
-    np.testing.assert_array_equal(bottom[..., 0], expected["indices_bottom"])
+    top, bottom = split_levels(encoding.indices)
+    np.testing.assert_array_equal(top, expected["indices_top"])
+    np.testing.assert_array_equal(bottom, expected["indices_bottom"])
     for ours, theirs in zip(split_levels(encoding.latents), ("quant_top", "quant_bottom"), strict=True):
         assert relative_l2(ours, expected[theirs]) < OUTPUT
     for ours, theirs in zip(
@@ -311,6 +311,15 @@ def test_any_size_goes_in_and_comes_back(levels):
     chex.assert_shape(tok.reconstruct(pixels), pixels.shape)
     video = tok.reconstruct(pixels[None])
     np.testing.assert_allclose(video[0], tok.reconstruct(pixels), atol=1e-5)
+
+
+def test_two_levels_take_any_bottleneck():
+    layer = {"name": "vq", "codebook_size": 8, "code_dim": 4}
+    tok = tokenizers.create("vqvae", **SMALL, bottleneck={"name": "residual", "layers": (layer, layer)}, levels=2)
+    encoding = tok.encode(refweights.image_like("vqvae/residual", (1, 16, 8, 3)))
+    chex.assert_shape(encoding.indices, (1, 10, 1, 2))
+    np.testing.assert_allclose(tok.decode_indices(encoding.indices), tok.decode(encoding.latents), atol=1e-5)
+    assert (tok.spec.codebook_size, tok.spec.codebooks) == (8, 2)
 
 
 def test_rows_of_two_levels_read_from_coarse_to_fine():

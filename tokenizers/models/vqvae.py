@@ -153,7 +153,7 @@ class TwoLevels(nn.Module):
         bottom = self.quantize_bottom(z_bottom.astype(jnp.float32), train)
         return Encoding(
             latents=join_levels(top.latents, bottom.latents),
-            indices=join_levels(top.indices[..., None], bottom.indices[..., None])[..., 0],
+            indices=join_levels(top.indices, bottom.indices),
             losses={name: top.losses[name] + bottom.losses[name] for name in top.losses},
         )
 
@@ -162,27 +162,25 @@ class TwoLevels(nn.Module):
         return self.decoder(jnp.concatenate([self.upsample_top(top), bottom], axis=-1))
 
     def indices_to_latents(self, indices: Array) -> Array:
-        top, bottom = split_levels(indices[..., None])
-        return join_levels(
-            self.quantize_top.indices_to_codes(top[..., 0]), self.quantize_bottom.indices_to_codes(bottom[..., 0])
-        )
+        top, bottom = split_levels(indices)
+        return join_levels(self.quantize_top.indices_to_codes(top), self.quantize_bottom.indices_to_codes(bottom))
 
 
 def join_levels(top: Array, bottom: Array) -> Array:
-    """Maps ``(B, h, w, D)`` and ``(B, 2h, 2w, D)`` -> ``(B, 5h, w, D)``: coarse to fine, each in raster order."""
-    b, h, w, d = top.shape
-    return jnp.concatenate([top, bottom.reshape(b, 4 * h, w, d)], axis=1)
+    """Maps ``(B, h, w, ...)`` and ``(B, 2h, 2w, ...)`` -> ``(B, 5h, w, ...)``: coarse to fine, each in raster order."""
+    b, h, w, *rest = top.shape
+    return jnp.concatenate([top, bottom.reshape(b, 4 * h, w, *rest)], axis=1)
 
 
 def split_levels(joined: Array) -> tuple[Array, Array]:
-    """The inverse of `join_levels`: ``(B, 5h, w, D)`` -> ``(B, h, w, D)`` and ``(B, 2h, 2w, D)``."""
-    b, rows, w, d = joined.shape
+    """The inverse of `join_levels`: ``(B, 5h, w, ...)`` -> ``(B, h, w, ...)`` and ``(B, 2h, 2w, ...)``."""
+    b, rows, w, *rest = joined.shape
     if rows % 5:
         raise ValueError(
             f"two levels have 5 rows of tokens for 8 rows of pixels; got an array of shape {joined.shape}."
         )
     h = rows // 5
-    return joined[:, :h], joined[:, h:].reshape(b, 2 * h, 2 * w, d)
+    return joined[:, :h], joined[:, h:].reshape(b, 2 * h, 2 * w, *rest)
 
 
 LEVELS = {1: OneLevel, 2: TwoLevels}
@@ -231,6 +229,7 @@ class Model(nn.Module):
             compression=(1, side, side),
             latent_channels=self.latent_channels,
             codebook_size=self.bottleneck.codebook_size,
+            codebooks=getattr(self.bottleneck, "codebooks", 1),
             causal=True,
             video=False,
             last_layer="network/decoder/up1/kernel",
