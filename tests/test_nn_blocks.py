@@ -44,6 +44,15 @@ def test_res_block_is_norm_swish_conv_twice_plus_shortcut(conv, shape):
     assert set(init(module.clone(features=4), x)["params"]) == {"norm1", "conv1", "norm2", "conv2"}
 
 
+def test_a_block_whose_last_convolution_starts_at_zero_passes_its_input():
+    x = normal(0, 1, 6, 6, 4)
+    zeros = partial(Conv2d, kernel_init=jax.nn.initializers.zeros)
+    module = ResBlock(4, conv=Conv2d, norm=partial(GroupNorm, num_groups=2), last=zeros)
+    variables = init(module, x)
+    assert jnp.abs(variables["params"]["conv1"]["kernel"]).max() > 0
+    np.testing.assert_array_equal(apply(module, variables, x), x)
+
+
 def test_a_shortcut_of_another_kind_and_dropout():
     x = normal(0, 1, 3, 6, 6, 4)
     module = ResBlock(

@@ -36,6 +36,7 @@ class ResBlock(nn.Module):
       activation: swish in most papers.
       shortcut: ``shortcut(features, name=...)``; ``None`` is ``conv`` with ``kernel_size=1``.
       dropout: rate before the second convolution (rng stream ``dropout``).
+      last: makes ``conv2`` where it differs from ``conv``, in its initial values for instance.
     """
 
     features: int
@@ -44,6 +45,7 @@ class ResBlock(nn.Module):
     activation: Activation = nn.swish
     shortcut: Factory | None = None
     dropout: float = 0.0
+    last: Factory | None = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:  # (b [t] h w c) -> (b [t] h w d)
@@ -51,7 +53,7 @@ class ResBlock(nn.Module):
         y = self.activation(self.norm(name="norm2")(y))
         if self.dropout:
             y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        y = self.conv(self.features, name="conv2")(y)
+        y = (self.last or self.conv)(self.features, name="conv2")(y)
         if x.shape[-1] != self.features:
             if self.shortcut is None:
                 x = self.conv(self.features, kernel_size=1, name="shortcut")(x)
