@@ -91,7 +91,7 @@ def get_base() -> ConfigDict:
     config.accumulate = 1  # micro-batches per step
     config.stop_after_skipped = 20  # steps in a row with a NaN or infinite loss
     config.compilation_cache = "~/.cache/tokenizers/compiled"
-    config.init_from = placeholder(str)  # a run, saved folder, whose weights are the start
+    config.init_from = placeholder(str)  # a run, saved folder, or official weight file whose weights are the start
 
     config.model = ConfigDict({"name": ""})  # a variant or system, then its fields
     config.optimizer = optimizer()
@@ -112,7 +112,7 @@ def get_base() -> ConfigDict:
     config.schedules = ConfigDict({"loss": {}, "model": {}})  # by term of loss.bottleneck; by field, e.g. temperature
 
     config.discriminator = ConfigDict()
-    config.discriminator.name = placeholder(str)  # patchgan_2d, patchgan_3d; None = no adversarial loss
+    config.discriminator.name = placeholder(str)  # patchgan_2d, patchgan_3d, stylegan_2d; None = no adversarial loss
     config.discriminator.channels = 64
     config.discriminator.layers = 3
     config.discriminator.norm = "batch"  # batch, actnorm, group, none

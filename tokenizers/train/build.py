@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from .. import api, errors, pixels, registry
-from ..discriminators import patchgan
+from ..discriminators import patchgan, stylegan
 from ..losses import adversarial, balance
 from ..parallel import platform, rules
 from ..parallel.mesh import batch_parts, replicated
@@ -22,7 +22,11 @@ from .state import AdversaryState, TrainState, new_state
 from .step import Adversary, Recipe
 
 _NO_DISCRIMINATOR = (None, "", "None")  # the last is what --config.discriminator.name=None gives
-_DISCRIMINATORS = {"patchgan_2d": patchgan.patchgan_2d, "patchgan_3d": patchgan.patchgan_3d}
+_DISCRIMINATORS = {
+    "patchgan_2d": patchgan.patchgan_2d,
+    "patchgan_3d": patchgan.patchgan_3d,
+    "stylegan_2d": stylegan.stylegan_2d,
+}
 
 
 def recipe(config: Mapping) -> Recipe:
@@ -173,12 +177,17 @@ def initial_state(config: Mapping, parts: Recipe, mesh: Mesh) -> TrainState:
     state = jax.jit(initialize, out_shardings=places, compiler_options=platform.run_once_options())()
     if config["init_from"] is None:
         return state
-    return _with_weights(state, config["init_from"], places)
+    return _with_weights(state, config, places)
 
 
-def _with_weights(state: TrainState, source: str, places: TrainState) -> TrainState:
-    """The state with the parameters (and codebook statistics) of another run or saved folder."""
-    variables = dict(api.load(source).variables)
+def _with_weights(state: TrainState, config: Mapping, places: TrainState) -> TrainState:
+    """The state with the parameters (and codebook statistics) of another run, saved folder or official weight file."""
+    source = config["init_from"]
+    if pathlib.Path(source).expanduser().is_file():  # it does not say of which model it is
+        name, fields = _model_fields(config)
+        variables = dict(api.load(source, model=name, **fields).variables)
+    else:
+        variables = dict(api.load(source).variables)
     params = variables.pop("params")
     wanted = _shapes({"params": state.params["model"], **state.model_state})
     found = _shapes({"params": params, **variables})
