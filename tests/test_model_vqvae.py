@@ -386,6 +386,9 @@ def test_statistics_of_sonnet_are_taken_where_there_are_any():
         f"{prefix}/ema_cluster_size/average:0": np.zeros(size, np.float32),
     }
     statistics = flatten(dict(tokenizers.from_official("vqvae", case.meta["config"], state).variables))
+    renamed = {name.replace("vector_quantizer_ema/emb", "vector_quantizer/emb"): v for name, v in state.items()}
+    again = flatten(dict(tokenizers.from_official("vqvae", case.meta["config"], renamed).variables))
+    chex.assert_trees_all_equal(again, statistics)
     prefix = "codebook/network/bottleneck/"
     assert statistics[prefix + "updates"] == 7
     assert (statistics[prefix + "cluster_size"] == 2).all()

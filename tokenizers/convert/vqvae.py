@@ -28,7 +28,8 @@ def _zeros(match: re.Match, state: Mapping[str, np.ndarray], want: Any) -> np.nd
     return np.zeros(want.shape, want.dtype)
 
 
-def _sonnet(suffix: str) -> tuple[Rule, ...]:
+def _sonnet(official: Sequence[str]) -> tuple[Rule, ...]:
+    suffix = ":0" if any(name.endswith(":0") for name in official) else ""
     leaf = {"kernel": "w", "bias": "b"}
 
     def named(template: str):
@@ -36,6 +37,9 @@ def _sonnet(suffix: str) -> tuple[Rule, ...]:
 
     end = r"/(?P<leaf>kernel|bias)"
     ema = "vector_quantizer_ema"
+    # Users name modules as they like: either name will do for the table itself.
+    given = [name for name in (ema, "vector_quantizer") if f"{name}/embeddings{suffix}" in official]
+    learned, averaged = (given[0] if given else name for name in ("vector_quantizer", ema))
     return (
         Rule(
             rf"params/network/encoder/down(\d){end}",
@@ -61,8 +65,8 @@ def _sonnet(suffix: str) -> tuple[Rule, ...]:
             identity,
         ),
         Rule(rf"params/network/to_codes{end}", named("to_vq/{leaf}"), identity),
-        Rule(r"params/network/bottleneck/codebook", f"vector_quantizer/embeddings{suffix}", _columns),
-        Rule(r"codebook/network/bottleneck/codes", f"{ema}/embeddings{suffix}", _columns),
+        Rule(r"params/network/bottleneck/codebook", f"{learned}/embeddings{suffix}", _columns),
+        Rule(r"codebook/network/bottleneck/codes", f"{averaged}/embeddings{suffix}", _columns),
         # The averages are needed to train on, not to encode: a file may lack them.
         Rule(r"codebook/network/bottleneck/cluster_size", f"{ema}/ema_cluster_size/hidden{suffix}", absent=_zeros),
         Rule(r"codebook/network/bottleneck/embed_avg", f"{ema}/ema_dw/hidden{suffix}", _columns, absent=_zeros),
@@ -120,7 +124,7 @@ def TABLE(ours: Sequence[str], official: Sequence[str]) -> tuple[Rule, ...]:
     blocks = {m[1] for path in ours if (m := re.search(r"/decoder/block(\d+)/", path))}
     if any("/encoder_top/" in path for path in ours):
         return _two_levels(len(blocks))
-    return _sonnet(":0" if any(name.endswith(":0") for name in official) else "")
+    return _sonnet(official)
 
 
 # Debiased averages follow from the biased ones; both averages count the same updates.
