@@ -15,7 +15,7 @@ from tokenizers import registry
 from tokenizers.convert import engine, maskgit_vqgan
 from tokenizers.quantize.vq import VectorQuantizer
 
-# Summation orders differ in float32. Observed on CPU: outputs 3e-6, gradients 2e-5.
+# Summation orders differ in float32. Observed on CPU: outputs 6e-6, gradients 2e-5.
 OUTPUT, GRADIENT = 1e-4, 1e-3
 
 
@@ -59,8 +59,7 @@ def test_tokens_and_pixels_are_those_of_the_original(name):
         draws = (refweights.uniform(entry["seed_name"], tuple(entry["shape"])) + 1) / 2 * entry["high"]
         codes = np.minimum(np.floor(draws), entry["high"] - 1).astype(np.int32)
         codes = codes.reshape(1, *(n // 16 for n in case.outputs["decoded"].shape[1:3]))
-        decoded = np.clip(unit(tok.decode_indices(codes)), 0, 1)
-        assert relative_l2(decoded, case.outputs["decoded"]) < OUTPUT
+        assert relative_l2(unit(tok.decode_indices(codes)), case.outputs["decoded"]) < OUTPUT
 
 
 @pytest.mark.parametrize("name", marked(cases("maskgit_vqgan", "(small|full)_.*")))
