@@ -9,14 +9,23 @@ import numpy as np
 import pytest
 import refweights
 import safetensors.numpy
+from official_training import drawn, remembered
 from reference import FOLDERS, Case, cases, relative_l2
 
 import tokenizers
-from tokenizers import registry, streaming
+from configs import base
+from tokenizers import pixels, registry, streaming
 from tokenizers.convert import cosmos, engine
+from tokenizers.convert.lpips import trunk_table
+from tokenizers.losses import consistency, perceptual, reconstruction
+from tokenizers.networks.vgg import VGG16
 from tokenizers.parallel import platform
 from tokenizers.quantize.fsq import FSQ
 from tokenizers.quantize.gaussian import reparameterize
+from tokenizers.train import optim, schedules
+from tokenizers.train.objective import Objective, Term, mean_reduction
+from tokenizers.train.state import new_state
+from tokenizers.train.step import Recipe, make_step
 
 SYSTEM = "cosmos"
 # Sums in another order. Observed on CPU: 2e-6 in both.
@@ -378,3 +387,272 @@ DI16 = {
     "patch_method": "haar", "spatial_compression": 16, "z_channels": 256, "z_factor": 1, "embedding_dim": 6,
     "levels": [8, 8, 8, 5, 5, 5], "num_quantizers": 4, "in_channels": 3, "out_channels": 3,
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+# Through VGG16 and the whole network and back, in float32. Observed: losses 2e-6, gradients 3e-5.
+LOSS, GRADIENT = 1e-4, 1e-3
+
+
+def vgg_variables(case):
+    entries = case.meta.get("vgg_state_dict") or case.meta["state_dict"]
+    state = {name: refweights.weight(name, tuple(shape)) for name, shape, _ in entries}
+    ((_, change),) = case.meta["vgg_weight_overrides"].items()  # all kernels
+    state = {name: value * np.float32(change["scale"] if value.ndim == 4 else 1) for name, value in state.items()}
+    target = jax.eval_shape(VGG16().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    return engine.to_tree(trunk_table("vgg"), target, state)
+
+
+def content(prediction, target, variables):
+    return perceptual.content_loss(VGG16(), variables)(prediction, target)
+
+
+def gram(prediction, target, variables):
+    return perceptual.gram_loss(VGG16(), variables)(prediction, target)
+
+
+def recipe_of(case):
+    return base.optimizer(
+        name="adamw", lr=case.meta["lr"], b1=0.5, b2=0.999, eps=1e-8, weight_decay=0.01, decay="all", clip=1.0
+    )
+
+
+def train_step(case, weights):
+    """One step of the library's trainer with the case's weights: (before, after, gradients, metrics), official names.
+
+    Args:
+      case: of a training step.
+      weights: of the terms.
+    """
+    tok = official(case)
+    terms = (
+        Term("l1", weights["color"], lambda p, t, _: reconstruction.l1(p, t)),
+        Term("content", weights["lpips"], content, "vgg"),
+        Term("gram", weights.get("gram", 0.0), gram, "vgg"),
+    )
+    bottleneck = {"kl": weights["kl"]} if "kl" in weights else {}
+    optimizer, rate = optim.make(recipe_of(case), 1)
+    optimizer = remembered(optimizer)
+    terms = tuple(term for term in terms if term.weight)
+    recipe = Recipe(
+        model=tok.module,
+        objective=Objective(terms, mean_reduction, bottleneck, frozen={}, params={}),
+        optimizer=optimizer,
+        learning_rate=rate,
+        adversary=None,
+        seed=0,
+        ema_decay=0.9999,
+        ema_warmup=False,
+        accumulate=1,
+    )
+    params = {"model": tok.params, "objective": {}}
+    state = new_state(params, {}, tok.params, optimizer.init(params), None)
+    pixels = jnp.asarray(case.input("x"))
+    pixels = pixels if pixels.ndim == 5 else pixels[:, None]
+    noise = [jnp.asarray(scaled(case, "noise"))] if "noise" in case.meta["inputs"] else []
+
+    def program(state, frozen, pixels):
+        with drawn("normal" if noise else None, noise):
+            return make_step(recipe)(state, frozen, pixels)
+
+    after, metrics = run_once(program, state, {"vgg": vgg_variables(case)}, pixels)
+    names = [{"params": tree} for tree in (tok.params, after.params["model"], after.ema, after.optimizer[0]["model"])]
+    return metrics, *(engine.to_official(cosmos.TABLE, jax.device_get(tree)) for tree in names)
+
+
+TRAINING = {
+    "train_ci8x8_l1_lpips": {"color": 1.0, "lpips": 0.1},
+    "train_cv4x8x8_l1_lpips_gram": {"color": 1.0, "lpips": 0.073, "gram": 0.062},
+    "train_cv8x8x8_l1_lpips": {"color": 1.0, "lpips": 0.1},
+    # The bottleneck's KL is a sum over an item, theirs a mean over its 2 * 4 * 4 * 8 values.
+    "train_cv8x8x8_vae_kl": {"color": 1.0, "lpips": 0.1, "kl": 1e-3 / 256},
+    "train_dv8x16x16_l1_lpips": {"color": 1.0, "lpips": 0.1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases(SYSTEM, "train_(?!loss|schedules|.*consistency).*"))
+def test_training_steps_are_the_authors(name):
+    case, weights = Case(SYSTEM, name), TRAINING[name]
+    metrics, before, after, ema, gradients = train_step(case, weights)
+    for ours, theirs in {"l1": "color", "content": "lpips", "gram": "gram", "kl": "kl"}.items():
+        assert (f"loss/{theirs}" in case.outputs) == (f"loss/{ours}" in metrics)
+        if f"loss/{ours}" in metrics:
+            value = metrics[f"loss/{ours}"] * weights[theirs]
+            np.testing.assert_allclose(value, case.outputs[f"loss/{theirs}"][0], rtol=LOSS)
+    np.testing.assert_allclose(metrics["loss/generator"], case.outputs["total_loss"][0], rtol=LOSS)
+    check_update(case, before, after, ema, gradients)
+    np.testing.assert_allclose(metrics["grad_norm/generator"], case.outputs["grad_total_norm"][0], rtol=GRADIENT)
+
+
+def check_update(case, before, after, ema, gradients):
+    norms = [np.linalg.norm(gradients[name]) for name in case.meta["grad_norm_names"]]
+    expected = case.outputs["grad_norms"]
+    # Biases in front of a norm over all channels have gradients that are rounding errors.
+    np.testing.assert_allclose(norms, expected, rtol=GRADIENT, atol=1e-5 * expected.max())
+    rate = case.meta["lr"]
+    scale = min(1.0, 1.0 / case.outputs["grad_total_norm"][0])
+    for key in [key for key in case.outputs if key.startswith("grad/") and not key.endswith("__stats")]:
+        assert_same(case, key, gradients[key.removeprefix("grad/")], GRADIENT)
+    for key in [key for key in case.outputs if key.startswith("delta/") and not key.endswith("__stats")]:
+        name = key.removeprefix("delta/")
+        places = tuple(slice(*place) for place in case.meta["slices"].get(key, ()))
+        # Adam divides by the gradient: where that is near its own epsilon or rounding, the change is arbitrary.
+        gradient = np.abs(gradients[name][places]) * scale
+        clear = gradient > max(1e-6, 1e-3 * gradient.max(initial=0.0))
+        change = (after[name] - before[name])[places]
+        # A parameter near 1 takes changes in steps of 1e-7, a change is 1e-4.
+        np.testing.assert_allclose(change[clear], case.outputs[key][clear], rtol=3e-3, atol=2e-3 * rate)
+    (key,) = (key for key in case.outputs if key.startswith("ema_delta/") and not key.endswith("__stats"))
+    name = key.removeprefix("ema_delta/")
+    expected = 1e-4 * (after[name] - before[name])
+    # Moved by a ten-thousandth of 1e-4: less than a float32 near 0.1 resolves, in either code.
+    np.testing.assert_allclose(ema[name] - before[name], expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", cases(SYSTEM, "train_schedules"))
+def test_schedules_are_the_authors(name):
+    case = Case(SYSTEM, name)
+    steps = {
+        "lpips": ((0, 0.1), (499_999, 0.1), (500_000, 0.073)),
+        "gram": ((0, 0.0), (499_999, 0.0), (500_000, 0.062)),
+        "flow": ((0, 0.0), (249_999, 0.0), (250_000, 0.01)),
+        "three": ((0, 1.0), (4_999, 1.0), (5_000, 2.0), (499_999, 2.0), (500_000, 3.0)),
+    }
+    for key, points in steps.items():
+        weight = schedules.schedule(base.schedule(kind="piecewise", points=points))
+        values = [weight(step) for step in case.meta["iterations"]]
+        np.testing.assert_allclose(values, case.outputs[f"weight/{key}"], rtol=1e-6)
+    rates = [optim.schedule(base.optimizer(lr=1e-4, warmup=9), 25)(step) * 1e4 for step in range(25)]
+    np.testing.assert_allclose(rates, case.outputs["lr/warmup"], rtol=1e-5)
+    # Theirs begins at zero and loses its first step; from the end of the warm-up on it is the same curve.
+    cosine = optim.schedule(base.optimizer(lr=1e-4, schedule="cosine", warmup=5, end=1e-4), 20)
+    np.testing.assert_allclose(
+        [cosine(step) * 1e4 for step in range(5, 25)], case.outputs["lr/cosine"][5:], rtol=1e-4, atol=1e-7
+    )
+
+
+# ------------------------------------------------------------------------------ how the authors use it around the model
+
+
+def uint8_input(case):
+    pixels = np.floor((np.clip(case.input("x").astype(np.float64), -1, 1) + 1) * 127.5 + 0.5).astype(np.uint8)
+    assert pixels.sum() == case.outputs["input_checksum"][0]
+    return pixels
+
+
+def official_wrapper(tok, window):
+    """Reconstructions as image_lib.py and video_lib.py make them: windows, multiples of 16, half of the padding first.
+
+    Yields the frames of a window, their floats with the padding, and where in those they are.
+    """
+
+    def split(size, multiple):
+        missing = -size % multiple
+        return missing // 2, missing - missing // 2
+
+    reconstruct = platform.jit(lambda variables, x: tok.module.apply(variables, x)[0])
+    frames, *size = window.shape[1:-1] if window.ndim == 5 else (None, *window.shape[1:-1])
+    space = [split(n, 16) for n in size]
+    padded = np.pad(window, ((0, 0),) * (window.ndim - 3) + tuple(space) + ((0, 0),))  # black
+    crop = [slice(before, before + n) for (before, _), n in zip(space, size, strict=True)]
+    if frames is not None:
+        time = split(frames - 1, 8)
+        padded = np.pad(padded, ((0, 0), time, *((0, 0),) * 3), mode="edge")
+        crop.insert(0, slice(time[0], time[0] + frames))
+    floats = reconstruct(tok.variables, pixels.to_float(padded))
+    return np.asarray(floats), (slice(None), *crop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases(SYSTEM, "wrapper_.*"))
+def test_the_authors_wrappers_give_their_bytes(name):
+    case = Case(SYSTEM, name)
+    tok, clip = official(case), uint8_input(case)
+    step = case.meta["temporal_window"] or clip.shape[1]
+    windows = [clip[:, i : i + step] for i in range(0, clip.shape[1], step)] if clip.ndim == 5 else [clip]
+    parts = []
+    for i, window in enumerate(windows):
+        floats, crop = official_wrapper(tok, window)
+        assert floats.shape == tuple(case.outputs[f"padded_shape_{i}"])
+        assert_same(case, f"recon_float_{i}", floats, PIXELS)
+        region = case.outputs[f"crop_region_{i}"].reshape(2, -1)
+        assert [(place.start, place.stop) for place in crop[1:]] == [tuple(pair) for pair in region.T]
+        parts.append(np.asarray(pixels.to_uint8(floats[crop])).astype(int))
+    found = np.concatenate(parts, axis=1) if clip.ndim == 5 else parts[0]
+    difference = np.abs(found - case.outputs["output_uint8"])
+    # A float that is half way between two levels goes either way.
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases(SYSTEM, "downstream_chunked_latents"))
+def test_chunked_latents_of_the_diffusion_models_are_the_authors(name):
+    case = Case(SYSTEM, name)
+    tok = official(case)
+    # Statistics of every latent frame of a chunk: (channel, frame) -> (frame, 1, 1, channel).
+    mean, std = (refweights.uniform(f"cosmos/chunked/{key}", (16, 3)).T[:, None, None] for key in ("mean", "std"))
+    mean, std = 0.1 * mean, 1 + 0.3 * std
+    encoder = platform.jit(lambda variables, frames: tok.module.apply(variables, frames, method="encode").latents)
+
+    def encode(frames):
+        # The public method would refuse the decoded pixels: made from random weights, they reach far beyond 1.
+        latents = np.asarray(encoder(tok.variables, frames))
+        return (latents - mean[: latents.shape[1]]) / std[: latents.shape[1]]
+
+    def decode(latents):
+        return np.asarray(tok.decode(latents * std + mean))
+
+    x = case.input("x34")
+    chunks = np.concatenate([encode(x[:, :17]), encode(x[:, 17:])], axis=1)
+    assert_same(case, "chunk_latent", chunks, LATENTS)
+    decoded = np.concatenate([decode(chunks[:, :3]), decode(chunks[:, 3:])], axis=1)
+    assert_same(case, "chunk_recon", decoded, PIXELS)
+
+    x = case.input("x25")  # windows of 17 frames that share 9, or two latents
+    latents = np.concatenate([encode(x[:, :17]), encode(x[:, 8:])[:, 2:]], axis=1)
+    assert_same(case, "overlap_latent", latents, LATENTS)
+    first = decode(latents[:, :3])
+    again = encode(first[:, -9:-8])
+    second = decode(np.concatenate([again, latents[:, 2:]], axis=1))
+    assert_same(case, "overlap_recon", np.concatenate([first, second[:, 9:]], axis=1), PIXELS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases(SYSTEM, "train_c.*_consistency"))
+def test_training_on_overlapping_windows_is_the_authors(name):
+    case = Case(SYSTEM, name)
+    tok, frames, step, count = official(case), 9, 4, 3
+    x = jnp.asarray(case.input("x"))
+
+    def loss(params, vgg):
+        windows = consistency.to_windows(x, frames, step)
+        decoded, encoding = tok.module.apply({"params": params}, windows, train=True)
+        clip = consistency.from_windows(decoded, count, step)
+        latents = encoding.latents
+        scale = consistency.latent_scale(windows.shape, latents.shape)
+        shift = step // (frames // latents.shape[1])
+        terms = {
+            "color": reconstruction.l1(clip, x),
+            "lpips": 0.1 * content(clip, x, vgg),
+            "frame_consistency": consistency.disagreement(decoded, count, step),
+            "latent_consistency": scale * consistency.disagreement(latents, count, shift),
+        }
+        # Their total counts the terms of the last module, this one, twice.
+        total = sum(terms.values()) + terms["frame_consistency"] + terms["latent_consistency"]
+        return total, (terms, clip)
+
+    value_and_gradient = jax.value_and_grad(loss, has_aux=True)
+    (total, (terms, clip)), gradients = run_once(value_and_gradient, tok.params, vgg_variables(case))
+    for key, value in terms.items():
+        np.testing.assert_allclose(value, case.outputs[f"loss/{key}"][0], rtol=LOSS, err_msg=key)
+    np.testing.assert_allclose(total, case.outputs["total_loss"][0], rtol=LOSS)
+    assert_same(case, "recon", clip, PIXELS)
+    optimizer = optim.make(recipe_of(case), 1)[0]
+    updates, _ = run_once(lambda g, p: optimizer.update(g, optimizer.init(p), p), gradients, tok.params)
+    after = jax.tree.map(jnp.add, tok.params, updates)
+    ema = optim.ema_update(tok.params, after, 0.9999, jnp.int32(0), warmup=False)
+    names = [{"params": tree} for tree in (tok.params, after, ema, gradients)]
+    check_update(case, *(engine.to_official(cosmos.TABLE, jax.device_get(tree)) for tree in names))

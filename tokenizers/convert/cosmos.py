@@ -113,11 +113,12 @@ _NAMES = {
     "CausalContinuousFactorizedVideoTokenizer": "CV",
     "CausalDiscreteFactorizedVideoTokenizer": "DV",
 }
+# ``persistent_quantizer`` says whether files hold the quantizer's constants, which are ignored in any case.
 _KNOWN = {
     "name", "encoder", "decoder", "formulation", "quantizer", "channels", "channels_mult", "num_res_blocks",
     "attn_resolutions", "resolution", "dropout", "in_channels", "out_channels", "patch_size", "patch_method",
     "spatial_compression", "temporal_compression", "latent_channels", "z_channels", "z_factor", "num_groups",
-    "legacy_mode", "embedding_dim", "levels", "num_quantizers",
+    "legacy_mode", "embedding_dim", "levels", "num_quantizers", "persistent_quantizer",
 }  # fmt: skip
 
 # The one release whose weights need norms of one group although its published config does not say so
