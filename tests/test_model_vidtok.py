@@ -1,25 +1,39 @@
 """VidTok against the authors' code: inference of every family and size, frame rules, streams, tiles, training."""
 
+import dataclasses
 import functools
 import itertools
 import math
+import re
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import refweights
 from reference import Case, cases, relative_l2
+from test_discriminators import from_official, official_entry
 
 import tokenizers
+from configs import vidtok_fsq_causal_488_v1_1, vidtok_kl_causal_488_4chn, vidtok_kl_noncausal_488_4chn
 from tokenizers import registry
 from tokenizers.api import Tokenizer
 from tokenizers.convert import engine
+from tokenizers.convert import lpips as lpips_table
 from tokenizers.convert import vidtok as table
+from tokenizers.losses import adversarial, perceptual
 from tokenizers.models.vidtok import temporal_tiles
+from tokenizers.networks.lpips import LPIPS
 from tokenizers.parallel import platform
-from tokenizers.quantize.gaussian import reparameterize
+from tokenizers.quantize.fsq import FSQ
+from tokenizers.quantize.gaussian import DiagonalGaussian, reparameterize
+from tokenizers.train import build
+from tokenizers.train.objective import Term
+from tokenizers.train.state import AdversaryState, new_state
+from tokenizers.train.step import make_step
 
 # float32 sums in another order. Observed: latents 3e-6, reconstructions 6e-6, KL 1e-6.
 TOLERANCE = 2e-5
@@ -255,16 +269,17 @@ EIGHTFOLD |= {"space_up": (1, 2, 3)}
 
 
 @functools.cache
-def toy(time, bottleneck="fsq", levels=(8, 8, 5), **fields):
+def toy(time, bottleneck="fsq", **changes):
     """A tokenizer in use: at the start of training the blocks over time do nothing."""
-    codes = {"name": "fsq", "levels": levels} if bottleneck == "fsq" else {"name": "gaussian"}
-    fields = {
-        "bottleneck": codes,
-        "latent_channels": 3,
-        "channels": 4,
-        "multipliers": (1, 1, 2, 2),
-        "blocks": 1,
-    } | fields
+    codes = {"name": "fsq", "levels": (8, 8, 5)} if bottleneck == "fsq" else {"name": "gaussian"}
+    levels = {
+        "multipliers": (1, 1, 2),
+        "space_down": (0, 1),
+        "space_up": (1, 2),
+        "time_down": (0, 1),
+        "time_up": (1, 2),
+    }
+    fields = levels | {"bottleneck": codes, "latent_channels": 3, "channels": 4, "blocks": 1} | changes
     module = registry.build("vidtok", time=time, **fields)
     leaves, tree = jax.tree.flatten(registry.abstract_variables(module))
     values = [0.5 * refweights.uniform(f"leaf{i}", leaf.shape) for i, leaf in enumerate(leaves)]
@@ -293,21 +308,20 @@ def test_dense_layers_lead_to_codes_of_another_number():
 
 
 @pytest.mark.parametrize(
-    ("time", "frames", "latents", "module_frames"),
+    ("time", "frames", "latents", "decoded_frames"),
     [
         ("causal", 5, 2, 5),
-        ("causal", 7, 3, 7),  # the authors' code alone makes 2 latents and 5 frames of it
+        ("causal", 7, 3, 9),  # the authors' code alone makes 2 latents and 5 frames of it
         ("noncausal", 9, 3, 12),
         ("causal-v1.1", 8, 2, 8),
     ],
 )
-def test_reconstructions_have_the_frames_of_the_input(time, frames, latents, module_frames):
+def test_reconstructions_have_the_frames_of_the_input(time, frames, latents, decoded_frames):
     tok, pixels = toy(time), clip(frames)
     encoding = tok.encode(pixels)
     assert encoding.indices.shape[:2] == (1, latents)
     decoded = tok.decode(encoding.latents)
-    assert decoded.shape[1] == (module_frames if time != "causal" else 4 * latents - 3)
-    np.testing.assert_array_equal(tok.reconstruct(pixels).shape, pixels.shape)
+    assert decoded.shape[1] == decoded_frames
     at = -frames if time.startswith("causal-v1.1") else 0
     np.testing.assert_array_equal(tok.reconstruct(pixels), decoded[:, at:][:, :frames])
 
@@ -459,3 +473,213 @@ def test_long_videos_of_v1_0_in_clips(name):
     for label, parts in (("independent", alone), ("pad_gen_frames", continued)):
         recon = part(case, f"recon_{label}", jnp.clip(joined(parts), -1, 1))
         assert relative_l2(recon, case.outputs[f"recon_{label}"]) < TOLERANCE, label
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class PosteriorSample(DiagonalGaussian):
+    """A Gaussian bottleneck whose noise is given, in the collection ``noise``."""
+
+    @nn.compact
+    def __call__(self, z, train=False):
+        encoding = super().__call__(z)
+        drawn = self.variable("noise", "value", jnp.zeros, encoding.mean.shape).value
+        return encoding.replace(latents=reparameterize(encoding.mean, encoding.logvar, drawn))
+
+
+# The published configs, and the steps at which the discriminator starts where a case has other ones than theirs.
+RECIPES = {
+    "train_kl_causal_disc_off": (vidtok_kl_causal_488_4chn, {}),
+    "train_kl_causal_disc_starts": (vidtok_kl_causal_488_4chn, {}),
+    "train_decoder_only_stage2": (vidtok_kl_causal_488_4chn, {}),
+    "train_fsq_causal_v1_1": (vidtok_fsq_causal_488_v1_1, {}),
+    "train_kl_noncausal_3d": (
+        vidtok_kl_noncausal_488_4chn,
+        {"name": "patchgan_3d", "start": 0, "generator_start": 0},
+    ),
+}
+
+
+class Training:
+    """A training case, as a run of this library's own step from the published config."""
+
+    def __init__(self, name):
+        self.case = case = Case("vidtok", name)
+        weights = case.weights()
+        tok = tokenizers.from_official("vidtok", case.meta["config"], weights)
+        module = tok.module
+        if not isinstance(module.bottleneck, FSQ):
+            module = module.clone(bottleneck=PosteriorSample())
+        published, changes = RECIPES[name]
+        config = published.get_config("stage2" if "stage2" in name else None)
+        config.loss.perceptual = None  # its weights are the case's: see below
+        config.discriminator.update(changes)
+        recipe = build.recipe(config.to_dict())
+        lpips = LPIPS()
+        term = Term("lpips", 1.0, lambda p, t, frozen: perceptual.lpips_loss(lpips, frozen)(p, t), "lpips")
+        image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+        target = jax.eval_shape(lpips.init, jax.random.key(0), image, image)
+        official_lpips = lpips_table.torchvision_names(case.weights("loss.perceptual_loss."))
+        self.frozen = {"lpips": engine.to_tree(lpips_table.table("vgg"), target, official_lpips, lpips_table.IGNORE)}
+        objective = dataclasses.replace(recipe.objective, terms=(*recipe.objective.terms, term), frozen=self.frozen)
+        self.recipe = dataclasses.replace(recipe, model=module, objective=objective)
+        self.first = case.meta["global_step"] // 2  # the authors count the steps of both optimizers
+        self.discriminator = case.weights("loss.discriminator.")
+        self.last = max(int(entry.split(".")[1]) for entry in self.discriminator)
+        self.before = dict(weights)
+        self.state = self.start(dict(tok.variables)["params"], weights)
+
+    def start(self, params, weights):
+        adversary = self.recipe.adversary
+        opponent = from_official(adversary.module, self.discriminator, self.case.input("x_0"))
+        statistics = {"batch_stats": opponent["batch_stats"]}
+        params = {"model": params, "objective": {"logvar": jnp.asarray(weights["loss.logvar"])}}
+        opponent = AdversaryState(
+            params=opponent["params"],
+            statistics=statistics,
+            ema=None,
+            optimizer=adversary.optimizer.init(opponent["params"]),
+            lecam=adversarial.lecam_init(),
+            balance=adversary.weight.init(jnp.zeros(())),
+        )
+        state = new_state(params, {}, params["model"], self.recipe.optimizer.init(params), opponent)
+        return state.replace(step=jnp.asarray(self.first, jnp.int32))
+
+    def official(self, params, opponent):
+        """Our parameters (or their moments) under the authors' names."""
+        found = engine.to_official(table.table_of(self.recipe.model), {"params": jax.device_get(params["model"])})
+        found["loss.logvar"] = np.asarray(params["objective"]["logvar"])
+        for name in self.discriminator:
+            if re.search(r"\.(weight|bias)$", name):
+                entry = np.asarray(official_entry(opponent, name, self.last))
+                entry = np.moveaxis(entry, (-1, -2), (0, 1)) if entry.ndim > 1 else entry
+                found[f"loss.discriminator.{name}"] = entry
+        return found
+
+    def moments(self):
+        """(first, second) moments of Adam under the authors' names, zeros for what is frozen."""
+        both = []
+        for kind in ("mu", "nu"):
+            mine, theirs = (
+                next(leaf for leaf in adam_states(state) if leaf is not None)
+                for state in (self.state.optimizer, self.state.adversary.optimizer)
+            )
+            mine, theirs = getattr(mine, kind), getattr(theirs, kind)
+            mine = jax.tree.map(
+                lambda moment, p: jnp.zeros_like(p) if isinstance(moment, optax.MaskedNode) else moment,
+                mine,
+                self.state.params,
+                is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+            )
+            both.append(self.official(mine, theirs))
+        return both
+
+
+def adam_states(state):
+    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, optax.ScaleByAdamState))
+    return [leaf for leaf in leaves if isinstance(leaf, optax.ScaleByAdamState)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "train_decoder_only_stage2" else [pytest.mark.slow])
+        for name in cases("vidtok", "train_.*")
+        if name in RECIPES
+    ],
+)
+def test_training_steps_are_the_authors(name):
+    run = Training(name)
+    case, expected = run.case, run.case.outputs
+    recipe = run.recipe.at(run.first)
+    step = compiled(make_step(recipe))
+    frozen_encoder = "stage2" in name
+    previous = [dict.fromkeys(run.before, 0.0)] * 2
+    b1 = 0.9
+    for batch in range(case.meta["n_batches"]):
+        pixels = case.input(f"x_{batch}")
+        parameters = run.official(run.state.params, run.state.adversary.params)
+        if not isinstance(recipe.model.bottleneck, FSQ):
+            frames, height, width = pixels.shape[1:4]
+            shape = (pixels.shape[0], -(-frames // 4), height // 8, width // 8, 4)
+            drawn = {"bottleneck": {"value": noise(case, shape, batch)}}
+            run.state = run.state.replace(model_state={"noise": drawn})
+        run.state, metrics = step(run.state, run.frozen, pixels)
+        log = {
+            key.removeprefix(f"log_{batch}/train/"): value for key, value in expected.items() if f"log_{batch}/" in key
+        }
+        elements = 3 * pixels.shape[2] * pixels.shape[3]
+        logvar = parameters["loss.logvar"]
+        reconstruction = metrics["loss/l1"] + metrics["loss/lpips"]
+        nll = elements * (reconstruction / np.exp(logvar) + logvar)
+        seen = run.first + batch >= recipe.adversary.generator_start
+        terms = {
+            "rec_loss": reconstruction,
+            "p_loss": metrics["loss/lpips"],
+            "nll_loss": nll,
+            "total_loss": metrics["loss/generator"] + seen * metrics["adaptive_weight"] * metrics["loss/fooling"],
+            "logvar": run.state.params["objective"]["logvar"],  # they log it after the update
+        }
+        if "loss/kl" in metrics:
+            terms["kl_loss"] = metrics["loss/kl"]
+        else:
+            entropy = metrics["loss/entropy_sample"] - metrics["loss/entropy_codebook"]
+            terms["aux_loss"] = metrics["schedule/entropy_sample"] * entropy + 0.25 * metrics["loss/commitment"]
+        if recipe.adversary.runs:
+            terms |= {
+                "g_loss": metrics["loss/fooling"],
+                "disc_loss": metrics["loss/discriminator"],
+                "logits_real": metrics["logits/real"],
+                "logits_fake": metrics["logits/fake"],
+            }
+            np.testing.assert_allclose(metrics["adaptive_weight"], log["d_weight"], rtol=1e-3)
+            np.testing.assert_allclose(np.stack(run.state.adversary.lecam), expected[f"lecam_ema_{batch}"], rtol=1e-4)
+            norm = metrics["grad_norm/discriminator"]
+            np.testing.assert_allclose(norm, expected[f"gradnorm_total_d_{batch}"], rtol=1e-3)
+            for key, value in expected.items():
+                if key.startswith(f"bn_after_{batch}/"):
+                    entry = key.removeprefix(f"bn_after_{batch}/")
+                    statistics = run.state.adversary.statistics["batch_stats"]
+                    assert relative_l2(official_entry(statistics, entry, run.last), value) < 1e-4, key
+        for key, value in terms.items():
+            np.testing.assert_allclose(value, log[key], rtol=1e-4, atol=1e-6, err_msg=f"{key} of batch {batch}")
+        np.testing.assert_allclose(metrics["grad_norm/generator"], expected[f"gradnorm_total_g_{batch}"], rtol=1e-3)
+
+        # What Adam has taken in is the gradient, clipped.
+        moments = run.moments()
+        after = run.official(run.state.params, run.state.adversary.params)
+        names = case.meta["info"][f"grad_param_order_{batch}"]
+        norms = dict(zip(names, expected[f"gradnorms_{batch}"], strict=True))
+        compared = 0
+        for entry in names:
+            mine = entry.startswith("loss.discriminator.")
+            if mine and not recipe.adversary.runs:
+                np.testing.assert_array_equal(after[entry], run.before[entry])
+                continue
+            total = metrics["grad_norm/discriminator" if mine else "grad_norm/generator"]
+            gradient = (moments[0][entry] - b1 * previous[0][entry]) / (1 - b1) * max(1.0, float(total) / 20)
+            if ".attn_1.k." in entry and entry.endswith("bias"):
+                continue  # mathematically zero
+            np.testing.assert_allclose(np.linalg.norm(gradient), norms[entry], rtol=2e-3, err_msg=entry)
+            compared += 1
+            if f"grad_{batch}/{entry}" not in expected:
+                continue
+            stored = expected[f"grad_{batch}/{entry}"]
+            assert relative_l2(part(case, f"grad_{batch}/{entry}", gradient), stored) < 1e-3, entry
+            change = part(case, f"delta_{batch}/{entry}", after[entry] - parameters[entry])
+            # Adam divides by the size of the gradient: compared where it is not rounding noise.
+            sure = np.abs(part(case, f"delta_{batch}/{entry}", gradient)) > 1e-2 * np.abs(gradient).max()
+            delta = expected[f"delta_{batch}/{entry}"]
+            np.testing.assert_allclose(change[sure], delta[sure], rtol=2e-2, atol=2e-8, err_msg=entry)
+            for key, value in ((f"param_after_{batch}", after), ("adam_m_g", moments[0]), ("adam_m_d", moments[0])):
+                last = batch + 1 == case.meta["n_batches"]
+                if last and f"{key}/{entry}" in expected:
+                    assert relative_l2(part(case, f"{key}/{entry}", value[entry]), expected[f"{key}/{entry}"]) < 1e-3
+        assert compared > 100
+        if frozen_encoder:
+            for entry in after:
+                if entry.startswith("encoder."):
+                    np.testing.assert_array_equal(after[entry], run.before[entry])
+                    assert not moments[0][entry].any()
+        previous = moments

@@ -50,6 +50,7 @@ def recipe(config: Mapping) -> Recipe:
         ema_warmup=config["ema_warmup"],
         accumulate=config["accumulate"],
         schedules=schedules.build(config["schedules"], model, config["loss"]["bottleneck"]),
+        frozen=tuple(config["optimizer"]["frozen"]),
     )
 
 

@@ -84,6 +84,14 @@ def make(config: Mapping, steps: int) -> tuple[optax.GradientTransformation, opt
     return chain, rate
 
 
+def hold(params: Any, frozen: tuple[str, ...]) -> Any:
+    """The same parameters, of which those that match ``frozen`` pass no gradient: nothing of it is computed."""
+    if not frozen:
+        return params
+    labels = _labels(params, frozen)
+    return jax.tree.map(lambda p, label: jax.lax.stop_gradient(p) if label == "freeze" else p, params, labels)
+
+
 def _labels(params: Any, frozen: tuple[str, ...]) -> Any:
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in frozen:

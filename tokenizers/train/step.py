@@ -79,6 +79,7 @@ class Recipe:
     ema_warmup: bool
     accumulate: int
     schedules: Schedules = Schedules()
+    frozen: tuple[str, ...] = ()  # regular expressions over parameter paths, as in the optimizer
 
     def at(self, step: int) -> Recipe:
         """The recipe of the program for that step: before ``adversary.start`` the discriminator costs nothing.
@@ -234,6 +235,7 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
     objective = recipe.objective
 
     def model(params):
+        params = optim.hold(state.params | {"model": params}, recipe.frozen)["model"]
         (reconstruction, encoding), new_state = _forward(recipe, params, model_state, target, _rngs(key), state.step)
         regularization, parts = objective.regularization(encoding.losses, recipe.schedules.weights(state.step))
         return (constrain(reconstruction, *names), regularization), (new_state, parts)
