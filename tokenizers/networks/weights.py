@@ -65,6 +65,21 @@ PUBLISHED: dict[str, Published] = {
         ("i3d_pretrained_400.pt", "i3d_kinetics400.safetensors"),
         "the I3D file that VideoGPT's and OmniTokenizer's evaluation use, i3d_pretrained_400.pt",
     ),
+    "raft_large": Published(
+        "RAFT (large), optical flow",
+        ("raft_large_C_T_SKHT_V2-ff5fadd5.pth", "raft_large.pth", "raft_large.safetensors"),
+        "torchvision, raft_large_C_T_SKHT_V2-ff5fadd5.pth",
+    ),
+    "dinov2_vitl14": Published(
+        "DINOv2 ViT-L/14",
+        ("dinov2_vitl14_pretrain.pth", "vit_large_patch14_dinov2.lvd142m.safetensors"),
+        "facebookresearch/dinov2 (without registers), or timm's vit_large_patch14_dinov2.lvd142m",
+    ),
+    "mae_vitl16": Published(
+        "MAE ViT-L/16",
+        ("mae_pretrain_vit_large.pth", "vit_large_patch16_224.mae.safetensors"),
+        "facebookresearch/mae, or timm's vit_large_patch16_224.mae",
+    ),
 }
 
 
