@@ -23,13 +23,15 @@ ALLOWED = {
     "data": {"errors"},
     "streaming": FOUNDATION | {"parallel"},
     "tiling": FOUNDATION,
-    "api": FOUNDATION | {"registry", "streaming", "tiling", "parallel", "convert", "train"},
+    "api": FOUNDATION | {"registry", "streaming", "tiling", "parallel", "convert"},
+    "loading": FOUNDATION | {"api", "registry", "parallel", "convert", "train"},
     "media": {"errors", "data"},
     "commands": FOUNDATION | {"media", "api", "data", "parallel"},
-    "evaluate": FOUNDATION | {"parallel", "networks", "convert", "data", "api", "losses"},
-    "train": FOUNDATION | {"parallel", "registry", "api", "discriminators", "losses", "networks", "data", "evaluate"},
+    "evaluate": FOUNDATION | {"parallel", "networks", "convert", "data", "loading", "losses"},
+    "train": FOUNDATION
+    | {"parallel", "registry", "api", "loading", "discriminators", "losses", "networks", "data", "evaluate"},
     "__init__": set(),
-    "__main__": {"media", "registry", "api", "parallel", "commands"},
+    "__main__": {"media", "registry", "loading", "parallel", "commands"},
 }
 
 

@@ -13,7 +13,7 @@ import tokenizers
 assert tokenizers.__version__ == "another"
 import vistok
 assert vistok.available() and "load" in dir(vistok)
-assert vistok.create.__module__ == "vistok.api"
+assert vistok.create.__module__ == "vistok.loading"
 from vistok.data import pipeline
 assert vistok.describe(vistok.available()[0])["parameters"] > 0
 assert tokenizers.__version__ == "another"

@@ -8,9 +8,9 @@ import importlib
 _PUBLIC = {
     "available": ".registry",  # names of the released variants
     "describe": ".registry",  # facts about one of them
-    "create": ".api",  # random weights
-    "load": ".api",  # a training run, a saved folder or an official weight file
-    "from_official": ".api",  # an official config and state dict
+    "create": ".loading",  # random weights
+    "load": ".loading",  # a training run, a saved folder or an official weight file
+    "from_official": ".loading",  # an official config and state dict
     "Tokenizer": ".api",
     "Encoding": ".types",
     "Spec": ".types",

@@ -124,20 +124,20 @@ def _describe(arguments) -> None:
 
 
 def _load(arguments):
-    from . import api
+    from . import loading
     from .parallel import platform
 
     dtype = platform.compute_dtype(arguments.precision)
-    tokenizer = api.load(arguments.checkpoint, model=arguments.model).cast(dtype)
+    tokenizer = loading.load(arguments.checkpoint, model=arguments.model).cast(dtype)
     if getattr(arguments, "tile", None):
         return tokenizer.tiled(tuple(arguments.tile), arguments.tile_overlap)
     return tokenizer
 
 
 def _convert(arguments) -> None:
-    from . import api
+    from . import loading
 
-    tokenizer = api.load(arguments.checkpoint, model=arguments.model)
+    tokenizer = loading.load(arguments.checkpoint, model=arguments.model)
     if arguments.target.endswith(".safetensors"):
         tokenizer.export_official(arguments.target)
     else:

@@ -16,15 +16,14 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import errors, registry, streaming, tiling
+from . import convert, registry, streaming, tiling
 from . import pixels as pixel_values
 from .parallel import mesh as meshes
 from .parallel import platform, rules
 from .parallel.constrain import constrain
 from .types import Array, Encoding, Spec
 
-_SAVED_CONFIG, _SAVED_WEIGHTS = "tokenizer.json", "weights.safetensors"
-_RUN_CONFIG = "config.json"
+SAVED_CONFIG, SAVED_WEIGHTS = "tokenizer.json", "weights.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -189,8 +188,8 @@ class Tokenizer:
         config = {"name": self.name, "system": registry.system_of(self.name), "fields": fields}
         flat = traverse_util.flatten_dict(jax.device_get(dict(self.variables)), sep="/")
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.asarray(value, order="C") for name, value in flat.items()}, folder / _SAVED_WEIGHTS)
-        (folder / _SAVED_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file({name: np.asarray(value, order="C") for name, value in flat.items()}, folder / SAVED_WEIGHTS)
+        (folder / SAVED_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     def export_official(self, path: str | pathlib.Path | None = None) -> dict[str, np.ndarray]:
         """The weights under the authors' names and in their layout, for the authors' code to load.
@@ -205,7 +204,7 @@ class Tokenizer:
         """
         from .convert import engine
 
-        rules_ = _rules_of(_table(registry.system_of(self.name)), self.module)
+        rules_ = convert.rules(convert.system(registry.system_of(self.name)), self.module)
         state = engine.to_official(rules_, jax.device_get(dict(self.variables)))
         if path is not None:
             _write_official(pathlib.Path(path).expanduser(), state)
@@ -308,120 +307,6 @@ def _as_array(value):
     return value if hasattr(value, "shape") else np.asarray(value)
 
 
-def create(name: str, seed: int = 0, **fields: Any) -> Tokenizer:
-    """A tokenizer with random weights.
-
-    Args:
-      name: a released variant of `available`, or a system.
-      seed: of the random weights.
-      **fields: fields of the model that differ from the variant's.
-    """
-    module = registry.build(name, **fields)
-    pixels = jnp.zeros(registry.example_shape(module), jnp.float32)
-    initialize = jax.jit(module.init, compiler_options=platform.run_once_options())
-    variables = initialize(jax.random.key(seed), pixels)
-    return Tokenizer(module, dict(variables), name, fields)
-
-
-def load(source: str | pathlib.Path, model: str | None = None, step: int | None = None, **fields: Any) -> Tokenizer:
-    """A tokenizer with trained weights.
-
-    Args:
-      source: a run of train.py (its EMA weights), a folder of `Tokenizer.save`, or an official weight file
-        (.safetensors .pth .pt .ckpt .bin .jit), which needs ``model``.
-      model: released variant, or system, that an official file belongs to.
-      step: checkpoint of a run; default the latest.
-      **fields: with an official file, fields that differ from the variant's.
-
-    Raises:
-      ValueError: when the source is none of these, or does not fit the model.
-    """
-    path = pathlib.Path(source).expanduser()
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; accepted: a run of train.py, a saved folder, or a weight file.")
-    is_run = (path / _RUN_CONFIG).is_file()
-    if step is not None and not is_run:
-        raise ValueError(f"step={step} belongs to a run of train.py, which {path} is not.")
-    if path.is_file():
-        return _from_file(path, model, fields)
-    if model is not None or fields:
-        raise ValueError(f"{path} is a folder and knows its model; model= and fields belong to official weight files.")
-    if (path / _SAVED_CONFIG).is_file():
-        return _from_saved(path)
-    if is_run:
-        return _from_run(path, step)
-    raise ValueError(
-        f"{path} holds neither {_RUN_CONFIG} (a run of train.py) nor {_SAVED_CONFIG} (a saved tokenizer); to load an "
-        "official weight file, give the file itself and model=."
-    )
-
-
-def _from_saved(folder: pathlib.Path) -> Tokenizer:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        config = json.loads((folder / _SAVED_CONFIG).read_text())
-        name, fields = config["name"], config["fields"]
-        variables = traverse_util.unflatten_dict(load_file(folder / _SAVED_WEIGHTS), sep="/")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(
-            f"the saved tokenizer {folder} is incomplete or damaged ({type(error).__name__}: {error}); save it again."
-        ) from error
-    module = registry.build(name, **fields)
-    _same_tree(registry.abstract_variables(module), variables, folder)
-    return Tokenizer(module, jax.tree.map(jnp.asarray, variables), name, fields)
-
-
-def _same_tree(expected: Any, found: Any, where: pathlib.Path) -> None:
-    want = {k: v.shape for k, v in traverse_util.flatten_dict(dict(expected), sep="/").items()}
-    have = {k: v.shape for k, v in traverse_util.flatten_dict(dict(found), sep="/").items()}
-    wrong = sorted(name for name in set(want) | set(have) if want.get(name) != have.get(name))
-    if wrong:
-        lines = [f"{name}: expected {want.get(name)}, found {have.get(name)}" for name in wrong[:10]]
-        raise ValueError(f"{where} does not fit its model in {len(wrong)} arrays:\n  " + "\n  ".join(lines))
-
-
-def _from_run(folder: pathlib.Path, step: int | None) -> Tokenizer:
-    from .train import checkpoint
-
-    fields = dict(checkpoint.read_config(folder)["model"])
-    name = fields.pop("name")
-    module = registry.build(name, **fields)
-    shapes = registry.abstract_variables(module)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-    state = {key: value for key, value in shapes.items() if key != "params"}
-    found = checkpoint.load_weights(folder, {"ema": shapes["params"]} | ({"model_state": state} if state else {}), step)
-    return Tokenizer(module, {"params": found["ema"], **found.get("model_state", {})}, name, fields)
-
-
-def _from_file(path: pathlib.Path, model: str | None, fields: Mapping[str, Any]) -> Tokenizer:
-    from .convert import files
-
-    if model is None:
-        raise ValueError(
-            f"{path} is a weight file; say which tokenizer it belongs to: load({str(path)!r}, model=...), one of: "
-            f"{', '.join(registry.available())}."
-        )
-    return _converted(_table(registry.system_of(model)), files.read_state_dict(path), model, fields)
-
-
-def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[str, np.ndarray]) -> Tokenizer:
-    """A tokenizer from the authors' own config and state dict.
-
-    Args:
-      system: name of the system, for example ``vqgan``.
-      config: the config as the authors wrote it, as a dictionary.
-      state_dict: official parameter names and arrays.
-
-    Raises:
-      ValueError: for an unknown system, or a missing, unexpected or misshapen tensor, by name.
-    """
-    table = _table(system)
-    return _converted(table, state_dict, system, table.fields_from_official(config))
-
-
 def _write_official(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
@@ -431,33 +316,3 @@ def _write_official(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None
         raise ValueError(f"{path} exists; choose a new file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(state), path)
-
-
-def _table(system: str):
-    """The conversion file of a system."""
-    from . import convert
-
-    known = convert.systems()
-    if system not in known:
-        raise errors.unknown("system with official weights", system, known)
-    return known[system]
-
-
-def _rules_of(table, module: nn.Module):
-    """The rules of a conversion file for this model."""
-    return table.table_of(module) if hasattr(table, "table_of") else table.TABLE
-
-
-def _converted(table, state_dict: Mapping[str, np.ndarray], name: str, fields: Mapping[str, Any]) -> Tokenizer:
-    """Two functions of a conversion file are optional: one for other layouts of names, one for what no config says."""
-    from .convert import engine
-
-    if hasattr(table, "official_names"):
-        state_dict = table.official_names(state_dict)
-    module = registry.build(name, **fields)
-    if hasattr(table, "fields_from_weights"):
-        fields = {**fields, **table.fields_from_weights(module, state_dict)}
-        module = registry.build(name, **fields)
-    shapes = registry.abstract_variables(module)
-    variables = engine.to_tree(_rules_of(table, module), shapes, state_dict, ignore=table.IGNORE)
-    return Tokenizer(module, jax.tree.map(jnp.asarray, variables), name, fields)

@@ -1,10 +1,10 @@
 """Weights of other code as ours. One file per system, a TABLE of rules; `engine` applies it, `files` reads the weights.
 
 The conversion file of a tokenizer has ``TABLE``, ``IGNORE`` (official names dropped on purpose) and
-``fields_from_official(config)``, our model's fields from the authors' config; ``table_of(module)`` as well where names
-depend on the fields of the model. Files without the last one belong to the
-frozen networks of losses and metrics. Two more functions are optional: ``official_names(state_dict)`` brings other
-layouts of names to the table's, ``fields_from_weights(module, state_dict)`` gives fields that only the tensors tell.
+``fields_from_official(config)``, our model's fields from the authors' config. Files without the last one belong to the
+frozen networks of losses and metrics. Three more functions are optional: ``table_of(module)`` in place of TABLE where
+fields of the model decide about names, ``official_names(state_dict)`` brings other layouts of names to the table's, and
+``fields_from_weights(module, state_dict)`` gives fields that only the tensors tell.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import Any
+
+from .. import errors
 
 
 def systems() -> dict[str, ModuleType]:
@@ -20,3 +23,17 @@ def systems() -> dict[str, ModuleType]:
     files = {name: importlib.import_module(f".{name}", __name__) for name in names}
     wanted = ("TABLE", "IGNORE", "fields_from_official")
     return {name: file for name, file in files.items() if all(hasattr(file, part) for part in wanted)}
+
+
+def system(name: str) -> ModuleType:
+    """The conversion file of a system.
+
+    Raises:
+      ValueError: for a system without one.
+    """
+    return errors.pick("system with official weights", name, systems())
+
+
+def rules(file: ModuleType, module: Any) -> Any:
+    """The table of a conversion file for a model."""
+    return file.table_of(module) if hasattr(file, "table_of") else file.TABLE

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from .. import api
+from .. import loading
 from ..data.pipeline import Pipeline
 from ..parallel import mesh as meshes
 from ..parallel import multihost, platform
@@ -38,7 +38,7 @@ def evaluate_checkpoint(
     name = fields.pop("name") or None
     step = None if config["step"] < 0 else config["step"]
     dtype = platform.compute_dtype(config["precision"])
-    tokenizer = api.load(source, model=name, step=step, **fields).cast(dtype)
+    tokenizer = loading.load(source, model=name, step=step, **fields).cast(dtype)
     folder = pathlib.Path(out).expanduser() if out else _default_folder(source)
     with _data(source, config).batches() as batches:
         results = evaluate(

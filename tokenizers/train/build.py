@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from .. import api, errors, pixels, registry
+from .. import api, errors, loading, pixels, registry
 from ..discriminators import patchgan, stylegan
 from ..losses import adversarial, balance
 from ..parallel import platform, rules
@@ -186,9 +186,9 @@ def _with_weights(state: TrainState, config: Mapping, places: TrainState) -> Tra
     source = config["init_from"]
     if pathlib.Path(source).expanduser().is_file():  # it does not say of which model it is
         name, fields = _model_fields(config)
-        variables = dict(api.load(source, model=name, **fields).variables)
+        variables = dict(loading.load(source, model=name, **fields).variables)
     else:
-        variables = dict(api.load(source).variables)
+        variables = dict(loading.load(source).variables)
     params = variables.pop("params")
     wanted = _shapes({"params": state.params["model"], **state.model_state})
     found = _shapes({"params": params, **variables})
