@@ -105,6 +105,8 @@ def get_base() -> ConfigDict:
     config.loss.content_weight = 0.0  # difference of VGG16 features (Cosmos)
     config.loss.gram_weight = 0.0  # difference of their Gram matrices: texture, style
     config.loss.vgg_path = ""  # VGG16 weight file for these two; default: $TOKENIZERS_WEIGHTS
+    config.loss.flow_weight = 0.0  # difference of optical flow in clips of at least 256 x 256 pixels (Cosmos)
+    config.loss.flow_path = ""  # RAFT weight file for it; default: $TOKENIZERS_WEIGHTS
     config.loss.reduction = "mean"  # mean, logvar
     config.loss.logvar = 0.0  # start of the learned log-variance
     config.loss.bottleneck = ConfigDict()  # weight of each loss term the bottleneck returns

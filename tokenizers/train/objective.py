@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from .. import errors
-from ..losses import perceptual, reconstruction
-from ..networks import lpips, vgg
+from ..losses import flow, perceptual, reconstruction
+from ..networks import lpips, raft, vgg
 
 Metrics = dict[str, jax.Array]
 # (prediction, target, frozen variables) -> scalar
@@ -108,6 +109,11 @@ def build(config: Mapping) -> Objective:
         features, frozen["vgg"] = vgg.load(config["vgg_path"] or None)
         terms.append(Term("content", config["content_weight"], _with(perceptual.content_loss, features), "vgg"))
         terms.append(Term("gram", config["gram_weight"], _with(perceptual.gram_loss, features), "vgg"))
+    if config["flow_weight"]:
+        motion, frozen["raft"] = raft.load(config["flow_path"] or None)
+        # Statistics of the batch in its norms, as in the authors' training.
+        loss = functools.partial(flow.flow_loss, train=True)
+        terms.append(Term("flow", config["flow_weight"], _with(loss, motion), "raft"))
     reduction = errors.pick("loss reduction", config["reduction"], REDUCTIONS)
     params = {"logvar": jnp.asarray(config["logvar"], jnp.float32)} if reduction is logvar_reduction else {}
     return Objective(tuple(terms), reduction, dict(config["bottleneck"]), frozen, params)
