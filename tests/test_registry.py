@@ -47,14 +47,16 @@ def test_all_fields_of_a_bottleneck_can_be_written_and_built_again(bottleneck):
         "vq": {"codebook_size": 8, "code_dim": 4},
         "lfq": {"bits": 4},
         "gumbel": {"codebook_size": 8},
+        "bsq": {"bits": 9},
+        "ibq": {"codebook_size": 8, "code_dim": 4},
+        "simvq": {"codebook_size": 8, "code_dim": 4},
+        "residual": {"layers": ({"name": "fsq", "levels": (5, 5)}, {"name": "fsq", "levels": (3, 3)})},
+        "grouped": {"groups": ({"name": "lfq", "bits": 2}, {"name": "lfq", "bits": 2})},
     }
-    module = quantize.create(bottleneck, **needed.get(bottleneck, {}))
-    written = registry.fields_of(module)
-    assert quantize.create(bottleneck, **{key: _tuple(value) for key, value in written.items()}) == module
-
-
-def _tuple(value):
-    return tuple(value) if isinstance(value, list) else value
+    described = {"name": bottleneck, **needed.get(bottleneck, {})}
+    module = registry.build("causal3d", bottleneck=described).bottleneck
+    written = {"name": bottleneck, **registry.fields_of(module)}
+    assert registry.build("causal3d", bottleneck=written).bottleneck == module
 
 
 def test_a_config_file_says_the_same_as_python():
