@@ -110,6 +110,21 @@ def get_base() -> ConfigDict:
     config.loss.reduction = "mean"  # mean, logvar
     config.loss.logvar = 0.0  # start of the learned log-variance
     config.loss.bottleneck = ConfigDict()  # weight of each loss term the bottleneck returns
+    config.loss.alignment = ConfigDict()  # of latents with the features of a frozen network (VA-VAE)
+    config.loss.alignment.network = placeholder(str)  # dinov2_large, mae_large; None = no alignment
+    config.loss.alignment.path = ""  # weight file; default: $TOKENIZERS_WEIGHTS
+    config.loss.alignment.weight = 0.1
+    config.loss.alignment.layer = "encoder/conv_out/kernel"  # weight relative to the gradients there; "" = as it is
+    config.loss.alignment.project = "latents"  # latents to the features' channels, or features to the latents'
+    config.loss.alignment.cosine_weight = 1.0
+    config.loss.alignment.cosine_margin = 0.0
+    config.loss.alignment.distance_weight = 1.0
+    config.loss.alignment.distance_margin = 0.0
+    config.loss.equivariance = ConfigDict()  # transformed latents decode to the transformed image (EQ-VAE)
+    config.loss.equivariance.probability = 0.0  # of a step that scales and turns latents and target
+    config.loss.equivariance.smaller = 0.0  # of the other steps, the share that sees smaller images
+    config.loss.equivariance.scales = (0.25, 0.5, 0.75)  # each must lead to whole latents; each is compiled once
+    config.loss.equivariance.anisotropic = False  # height and width scaled independently
 
     config.schedules = ConfigDict({"loss": {}, "model": {}})  # by term of loss.bottleneck; by field, e.g. temperature
 

@@ -37,6 +37,8 @@ def accepted_arguments(name):
 TRAINING = [
     (name, argument) for name in NAMES if name != "eval_default" for argument in (None, *accepted_arguments(name))
 ]
+# The weights of what judges reconstructions and latents are files.
+WITHOUT_FILES = {"perceptual": None, "content_weight": 0.0, "gram_weight": 0.0, "alignment": {"network": None}}
 each_config = pytest.mark.parametrize(("name", "argument"), TRAINING, ids=lambda value: str(value))
 
 
@@ -60,7 +62,12 @@ def test_configs_keep_to_the_schema(name, argument):
     def compare(config, schema, where):
         for key in config:
             assert key in schema, f"{where}{key}"
-            if hasattr(schema[key], "keys") and where + key not in ("model", "loss.bottleneck", "data.streams", "schedules"):
+            if hasattr(schema[key], "keys") and where + key not in (
+                "model",
+                "loss.bottleneck",
+                "data.streams",
+                "schedules",
+            ):
                 compare(config[key], schema[key], f"{where}{key}.")
 
     config, schema = load(name, argument), base.get_base()
@@ -73,7 +80,7 @@ def test_configs_keep_to_the_schema(name, argument):
 def test_configs_take_a_step_at_full_size(name, argument):
     """The whole step is traced for every batch shape, with shapes in place of arrays: nothing is allocated."""
     config = load(name, argument)
-    config.loss.update({"perceptual": None, "content_weight": 0.0, "gram_weight": 0.0})  # their weights are files
+    config.loss.update(WITHOUT_FILES)
     if config.data.path:  # neither is the data
         config.data.update({"source": "embedded", "path": "", "virtual_camera": True})
     config = config.to_dict()
@@ -91,8 +98,7 @@ def test_configs_take_a_step_at_full_size(name, argument):
 def test_batches_fit_the_compression(name, argument):
     """Training pixels are neither padded nor cropped."""
     config = load(name, argument).to_dict()
-    without_files = {"perceptual": None, "content_weight": 0.0, "gram_weight": 0.0}
-    spec = build.recipe(config | {"loss": config["loss"] | without_files}).model.spec
+    spec = build.recipe(config | {"loss": config["loss"] | WITHOUT_FILES}).model.spec
     time, height, width = spec.compression
     for stream in config["data"]["streams"].values():
         assert (stream["frames"] - spec.first_frame_alone) % time == 0 or not spec.video

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import Case, cases, relative_l2
+from regularized_training import Training, TrainingCase, check_step, run
 
 import tokenizers
 from tokenizers import registry
 from tokenizers.convert import eqvae
-from tokenizers.losses.equivariance import Transform
+from tokenizers.losses.equivariance import Draw, Transform
 from tokenizers.quantize.gaussian import reparameterize
 
 # Summation orders differ in float32. Observed on CPU: 2e-6.
@@ -82,3 +83,26 @@ def test_configs_of_other_networks_are_refused():
         eqvae.fields_from_official({"ddconfig": DDCONFIG, "embed_dim": 4, "n_embed": 8})
     with pytest.raises(ValueError, match="must be equal"):
         eqvae.fields_from_official(DIFFUSERS | {"out_channels": 4})
+
+
+# --- training
+
+
+def draw_of(numbers, anisotropic):
+    """A pass of the case: the numbers that Python's ``random`` gave, in their order."""
+    if numbers[0] < 0.5:
+        *scales, turns = numbers[1:]
+        return Draw(latents=Transform(tuple(scales) if anisotropic else (scales[0],) * 2, turns))
+    return Draw(pixels=Transform((numbers[2],) * 2)) if numbers[1] < 0.25 else Draw()
+
+
+@pytest.mark.slow  # LPIPS' network makes each half a minute
+@pytest.mark.parametrize("name", cases("eqvae", "train_.*"))
+def test_training_steps_are_those_of_the_original(name):
+    """The discriminator's turn runs the generator again, with its new parameters and a transform of its own."""
+    case = TrainingCase("eqvae", name)
+    config = case.meta["config"]
+    draws = tuple(draw_of(numbers, config["anisotropic"]) for numbers in case.meta["run"]["draws"])
+    weights = {"kl": config["lossconfig"]["params"]["kl_weight"]}
+    training = Training(case, "eqvae", eqvae.TABLE, weights, True, {}, {}, {"draws": draws})
+    check_step(training, run(training, passes=2), 1.0)

@@ -6,11 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import Case, cases, relative_l2
+from regularized_training import Training, TrainingCase, check_step, run
+from test_networks_foundation import module_of
 
 import tokenizers
 from tokenizers import registry
 from tokenizers.convert import engine, vavae
+from tokenizers.networks import foundation
 from tokenizers.quantize.gaussian import reparameterize
+from tokenizers.train.objective import Alignment, mean_reduction
 
 # Summation orders differ in float32. Observed on CPU: 3e-6.
 OUTPUT = 1e-4
@@ -134,3 +138,40 @@ def test_diffusion_models_see_channels_of_unit_variance():
     np.testing.assert_allclose(module.apply({}, scaled, method="unscale_latents"), 1)
     with pytest.raises(ValueError, match="no indices"):
         module.apply({}, np.zeros((1, 8, 4), np.int32), method="indices_to_latents")
+
+
+# --- training
+
+
+def aligned_training(name):
+    case = TrainingCase("vavae", name)
+    config, loss = case.meta["config"], case.meta["config"]["lossconfig"]["params"]
+    shape, kl, objective, own, variables = case.meta["inputs"]["noise"]["shape"], 1.0, {}, {}, None
+    if loss.get("pp_style"):  # means in place of sums, no log-variance, and the KL term is not halved
+        kl, objective["reduction"] = 2 / np.prod(shape[1:]), mean_reduction
+    if "use_vf" in config:
+        module = module_of(config["foundation"]["kwargs"])
+        variables = foundation.variables(module, case.weights())
+        objective["alignment"] = Alignment(
+            lambda images, frozen: module.apply(frozen, images),
+            weight=loss["vf_weight"],
+            cosine_weight=loss.get("cos_weight", 1.0),
+            cosine_margin=loss.get("cos_margin", 0.0),
+            distance_weight=loss.get("distmat_weight", 1.0),
+            distance_margin=loss.get("distmat_margin", 0.0),
+            layer="encoder/conv_out/kernel" if loss["adaptive_vf"] else "",
+            project="latents" if config["reverse_proj"] else "features",
+        )
+        projection = case.weights("linear_proj.")
+        own["alignment"] = {"kernel": jnp.asarray(projection["weight"][:, :, 0, 0].T)}
+        if "bias" in projection:
+            own["alignment"]["bias"] = jnp.asarray(projection["bias"])
+    weights = {"kl": kl * loss["kl_weight"]}
+    return Training(case, "vavae", vavae.TABLE, weights, False, objective, own, {}, variables), kl
+
+
+@pytest.mark.slow  # LPIPS' network makes each half a minute
+@pytest.mark.parametrize("name", cases("vavae", "train_.*"))
+def test_training_steps_are_those_of_the_original(name):
+    training, kl = aligned_training(name)
+    check_step(training, run(training), kl)

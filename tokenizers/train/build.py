@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from .. import api, errors, loading, pixels, registry
 from ..discriminators import patchgan, stylegan
-from ..losses import adversarial, balance
+from ..losses import adversarial, balance, equivariance
 from ..parallel import platform, rules
 from ..parallel.mesh import batch_parts, replicated
+from ..types import Spec
 from . import objective, optim, schedules
 from .config import write_atomically
 from .state import AdversaryState, TrainState, new_state
@@ -41,7 +42,7 @@ def recipe(config: Mapping) -> Recipe:
     model = registry.build(name, dtype=dtype, **fields)
     return Recipe(
         model=model,
-        objective=objective.build(config["loss"]),
+        objective=objective.build(config["loss"], model.spec),
         optimizer=optimizer,
         learning_rate=rate,
         adversary=_adversary(config, dtype),
@@ -51,7 +52,19 @@ def recipe(config: Mapping) -> Recipe:
         accumulate=config["accumulate"],
         schedules=schedules.build(config["schedules"], model, config["loss"]["bottleneck"]),
         frozen=tuple(config["optimizer"]["frozen"]),
+        equivariance=_equivariance(config["loss"]["equivariance"], model.spec),
     )
+
+
+def _equivariance(config: Mapping, spec: Spec) -> equivariance.Equivariance | None:
+    if not config["probability"] and not config["smaller"]:
+        return None
+    if spec.codebook_size is not None:
+        raise ValueError(
+            "config.loss.equivariance transforms continuous latents; interpolated codes are none of a codebook "
+            f"({spec.codebook_size} codes)."
+        )
+    return equivariance.Equivariance(**(dict(config) | {"scales": tuple(config["scales"])}))
 
 
 def _model_fields(config: Mapping) -> tuple[str, dict[str, Any]]:

@@ -172,7 +172,7 @@ class _Programs:
 
     def __call__(self, step: int, state: TrainState, frozen, pixels: jax.Array):
         recipe = self._run.recipe.at(step)
-        key = (pixels.shape, recipe.adversary is not None and recipe.adversary.runs)
+        key = (pixels.shape, recipe.adversary is not None and recipe.adversary.runs, recipe.draws)
         if key not in self._compiled:
             began = time.perf_counter()
             with self._run.log.untimed():
@@ -180,6 +180,8 @@ class _Programs:
                 self._compiled[key] = program.lower(state, frozen, pixels).compile()
             seconds = time.perf_counter() - began
             what = f"{pixels.shape}{', with the discriminator,' if key[1] else ''}"
+            if recipe.equivariance is not None:
+                what += f" and {recipe.draws[0]}"
             self._run.log.message(build.compile_message(self._compiled[key], what, seconds, self._run.mesh))
         return self._compiled[key]
 

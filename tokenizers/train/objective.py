@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import errors
-from ..losses import flow, perceptual, reconstruction
-from ..networks import lpips, raft, vgg
+from ..losses import alignment, flow, perceptual, reconstruction
+from ..networks import foundation, lpips, raft, vgg
+from ..types import Spec
 
 Metrics = dict[str, jax.Array]
 # (prediction, target, frozen variables) -> scalar
@@ -48,6 +50,47 @@ REDUCTIONS = {"mean": mean_reduction, "logvar": logvar_reduction}
 
 
 @dataclasses.dataclass(frozen=True)
+class Alignment:
+    """How latents are brought close to the features of a frozen network (`losses.alignment`).
+
+    Attributes:
+      features: ``(pixels (B, H, W, 3) in [-1, 1], frozen variables) -> (B, h, w, F)`` on the grid of the latents.
+      weight: of the two losses, next to the reconstruction loss.
+      cosine_weight, cosine_margin, distance_weight, distance_margin: of the two losses.
+      layer: path of the encoder's last kernel, where gradients of alignment and reconstruction are made equally
+        strong before ``weight`` counts; "" takes ``weight`` as it is.
+      project: what the learned projection (``params["alignment"]``) brings to the channels of the other: latents,
+        features.
+      network: names the frozen network that ``features`` reads.
+    """
+
+    features: TermFunction
+    weight: float
+    cosine_weight: float = 1.0
+    cosine_margin: float = 0.0
+    distance_weight: float = 1.0
+    distance_margin: float = 0.0
+    layer: str = ""
+    project: str = "latents"
+    network: str = "foundation"
+
+    def __call__(self, latents, target, frozen, params) -> tuple[jax.Array, Metrics]:
+        """Loss, unweighted, of latents ``(N, h, w, D)`` of images ``(..., H, W, 3)``, and its two parts."""
+        images = target.reshape(-1, *target.shape[-3:])
+        features = jax.lax.stop_gradient(self.features(images, frozen.get(self.network)))
+        if self.project == "latents":
+            latents = alignment.project(latents, params["alignment"])
+        else:
+            features = alignment.project(features, params["alignment"])
+        parts = {
+            "alignment_cosine": alignment.cosine(latents, features, self.cosine_margin),
+            "alignment_distance": alignment.distance_matrix(latents, features, self.distance_margin),
+        }
+        total = self.cosine_weight * parts["alignment_cosine"] + self.distance_weight * parts["alignment_distance"]
+        return total, parts
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """The loss of the autoencoder without its adversarial part.
 
@@ -57,13 +100,15 @@ class Objective:
       bottleneck: weight of every loss term the bottleneck returns.
       frozen: variables of frozen networks by name; an argument of the jitted step, not constants in it.
       params: initial values of the objective's own parameters.
+      alignment: of latents with a frozen network, or ``None``.
     """
 
     terms: tuple[Term, ...]
     reduction: Callable[[jax.Array, jax.Array, Mapping], jax.Array]
     bottleneck: Mapping[str, float]
     frozen: Mapping[str, Any]
-    params: Mapping[str, jax.Array]
+    params: Mapping[str, Any]
+    alignment: Alignment | None = None
 
     def reconstruction(self, prediction, target, frozen, params) -> tuple[jax.Array, Metrics]:
         """Loss of a reconstruction ``(B, T, H, W, C)`` in [-1, 1] against its target, and its parts."""
@@ -92,11 +137,15 @@ class Objective:
         return total, dict(losses)
 
 
-def build(config: Mapping) -> Objective:
+def build(config: Mapping, spec: Spec | None = None) -> Objective:
     """The objective that ``config.loss`` describes.
 
+    Args:
+      config: ``config.loss``.
+      spec: of the tokenizer; needed where latents are aligned.
+
     Raises:
-      ValueError: for unknown names, and for a perceptual loss whose weight file is missing.
+      ValueError: for unknown names, and for a frozen network whose weight file is missing.
     """
     pixel = errors.pick("reconstruction loss", config["reconstruction"], reconstruction.RECONSTRUCTION)
     terms = [Term(config["reconstruction"], config["reconstruction_weight"], lambda p, t, _: pixel(p, t))]
@@ -116,7 +165,31 @@ def build(config: Mapping) -> Objective:
         terms.append(Term("flow", config["flow_weight"], _with(loss, motion), "raft"))
     reduction = errors.pick("loss reduction", config["reduction"], REDUCTIONS)
     params = {"logvar": jnp.asarray(config["logvar"], jnp.float32)} if reduction is logvar_reduction else {}
-    return Objective(tuple(terms), reduction, dict(config["bottleneck"]), frozen, params)
+    aligned = None
+    if config["alignment"]["network"] is not None:
+        aligned, frozen["foundation"], params["alignment"] = _alignment(config["alignment"], spec)
+    return Objective(tuple(terms), reduction, dict(config["bottleneck"]), frozen, params, aligned)
+
+
+def _alignment(config: Mapping, spec: Spec | None) -> tuple[Alignment, Any, dict[str, np.ndarray]]:
+    """``(alignment, frozen variables, projection)``."""
+    stride = (1, foundation.STRIDE, foundation.STRIDE)
+    if spec is None or spec.video or spec.compression != stride or spec.codebook_size is not None:
+        raise ValueError(
+            f"config.loss.alignment is for continuous latents of images on the grid of the features, one per "
+            f"{foundation.STRIDE}x{foundation.STRIDE} pixels; this tokenizer has {spec}."
+        )
+    network, variables = foundation.load(config["network"], config["path"] or None)
+    sizes = {"latents": (spec.latent_channels, network.width), "features": (network.width, spec.latent_channels)}
+    size = errors.pick("alignment projection of", config["project"], sizes)
+    # As PyTorch starts a convolution; its bias is there where features are projected.
+    rng, bound = np.random.default_rng(0), size[0] ** -0.5
+    projection = {"kernel": rng.uniform(-bound, bound, size).astype(np.float32)}
+    if config["project"] == "features":
+        projection["bias"] = rng.uniform(-bound, bound, size[1:]).astype(np.float32)
+    names = ("weight", "cosine_weight", "cosine_margin", "distance_weight", "distance_margin", "layer", "project")
+    found = Alignment(lambda images, frozen: network.apply(frozen, images), **{name: config[name] for name in names})
+    return found, variables, projection
 
 
 def _with(loss: Callable, module) -> TermFunction:

@@ -8,16 +8,19 @@ back once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .. import pixels as pixel_values
-from ..losses import adversarial, balance
+from ..losses import adversarial, alignment, balance, equivariance
+from ..losses.equivariance import Draw, Equivariance, Transform
 from ..parallel.constrain import constrain, whole
 from . import optim
 from .objective import Metrics, Objective
@@ -80,17 +83,25 @@ class Recipe:
     accumulate: int
     schedules: Schedules = Schedules()
     frozen: tuple[str, ...] = ()  # regular expressions over parameter paths, as in the optimizer
+    equivariance: Equivariance | None = None  # how often latents and pixels are transformed
+    # Of this program: the generator's pass, and the one before the discriminator's turn (``fresh_forward``).
+    draws: tuple[Draw, Draw] = (Draw(), Draw())
 
     def at(self, step: int) -> Recipe:
         """The recipe of the program for that step: before ``adversary.start`` the discriminator costs nothing.
 
         Two programs instead of one with a conditional: XLA runs convolutions inside conditionals on a single CPU
-        thread (16 times slower for the quickstart's discriminator).
+        thread (16 times slower for the quickstart's discriminator). Transformations change the sizes of arrays: each
+        one that is drawn makes a program of its own.
         """
-        if self.adversary is None:
-            return self
-        adversary = dataclasses.replace(self.adversary, runs=step >= self.adversary.start)
-        return dataclasses.replace(self, adversary=adversary)
+        recipe = self
+        if self.equivariance is not None:
+            rng = np.random.default_rng((self.seed, step))
+            recipe = dataclasses.replace(recipe, draws=(equivariance.draw(self.equivariance, rng),) * 2)
+        if self.adversary is not None:
+            adversary = dataclasses.replace(self.adversary, runs=step >= self.adversary.start)
+            recipe = dataclasses.replace(recipe, adversary=adversary)
+        return recipe
 
 
 def make_step(recipe: Recipe) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]:
@@ -135,13 +146,13 @@ def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) ->
         """Gradients of one micro-batch; the discriminator's too where both learn from the same reconstruction."""
         model_state, opponent = carry
         pixels, index = inputs
-        grads, model_state, opponent, reconstruction, metrics = _generator_pass(
+        grads, model_state, opponent, (reconstruction, target), metrics = _generator_pass(
             recipe, state, model_state, opponent, frozen, pixels, jax.random.fold_in(key, index)
         )
         opponent_grads = ()
         if shared:
             opponent_grads, opponent, more = _discriminator_pass(
-                adversary, opponent, state.step, reconstruction, pixels
+                adversary, opponent, state.step, reconstruction, target
             )
             metrics |= more
         return (model_state, opponent), (grads, opponent_grads, metrics)
@@ -161,13 +172,14 @@ def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) ->
                 model_state, opponent = carry
                 pixels, index = inputs
                 rngs = _rngs(jax.random.fold_in(key, recipe.accumulate + index))
-                target = pixel_values.to_float(pixels)
-                reconstruction = target
+                draw = recipe.draws[1]
+                seen = draw.pixels(pixel_values.to_float(pixels))
+                target = reconstruction = draw.latents(seen)
                 if adversary.runs:
                     (reconstruction, _), model_state = _forward(
-                        recipe, params["model"], model_state, target, rngs, state.step
+                        recipe, params["model"], model_state, seen, rngs, state.step, draw.latents
                     )
-                grads, opponent, more = _discriminator_pass(adversary, opponent, state.step, reconstruction, pixels)
+                grads, opponent, more = _discriminator_pass(adversary, opponent, state.step, reconstruction, target)
                 return (model_state, opponent), (grads, more)
 
             (model_state, opponent), (opponent_grads, more) = _mean_over_micro_batches(
@@ -210,64 +222,100 @@ def apply_to_clips(model: nn.Module, variables: Mapping, pixels: jax.Array, **op
     """``model.apply`` on clips ``(B, T, H, W, C)``; a model of images sees the frames as a batch of B * T.
 
     Returns:
-      What ``model.apply`` returns, with a reconstruction of the shape of ``pixels``.
+      What ``model.apply`` returns, with a reconstruction that has the batch and time axes of ``pixels``.
     """
     shape = pixels.shape
     inputs = pixels if model.spec.video else pixels.reshape(-1, *shape[2:])
     result = model.apply(whole(variables), inputs, **options)
     if "mutable" not in options:
         reconstruction, encoding = result
-        return reconstruction.reshape(shape), encoding
+        return reconstruction.reshape(*shape[:2], *reconstruction.shape[-3:]), encoding
     (reconstruction, encoding), state = result
-    return (reconstruction.reshape(shape), encoding), state
+    return (reconstruction.reshape(*shape[:2], *reconstruction.shape[-3:]), encoding), state
 
 
-def _forward(recipe: Recipe, params, model_state: Mapping, pixels: jax.Array, rngs, step):
-    """((reconstruction, encoding), new model state)."""
+def _forward(recipe: Recipe, params, model_state: Mapping, pixels: jax.Array, rngs, step, transform):
+    """((reconstruction, encoding), new model state); what is decoded are the transformed latents."""
     variables = {"params": params, **model_state, **recipe.schedules.variables(step)}
-    return apply_to_clips(recipe.model, variables, pixels, train=True, rngs=rngs, mutable=list(model_state))
+    options = {"train": True, "rngs": rngs, "mutable": list(model_state)}
+    if transform != Transform():
+        options["method"] = functools.partial(_decode_transformed, transform=transform)
+    return apply_to_clips(recipe.model, variables, pixels, **options)
+
+
+def _decode_transformed(model: nn.Module, pixels: jax.Array, train: bool, transform: Transform):
+    encoding = model.encode(pixels, train)
+    return model.decode(transform(encoding.latents), train), encoding
 
 
 def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, frozen, pixels, key):
-    """(gradients, model state, adversary state, reconstruction, metrics) of one micro-batch ``(B, T, H, W, C)``."""
+    """(gradients, model state, adversary state, (reconstruction, target), metrics) of one micro-batch."""
     names = ("batch", "time", "height", "width", "channel")
-    target = constrain(pixel_values.to_float(pixels), *names)
-    objective = recipe.objective
+    draw, objective = recipe.draws[0], recipe.objective
+    seen = constrain(draw.pixels(pixel_values.to_float(pixels)), *names)
+    target = constrain(draw.latents(seen), *names)
 
     def model(params):
-        params = optim.hold(state.params | {"model": params}, recipe.frozen)["model"]
-        (reconstruction, encoding), new_state = _forward(recipe, params, model_state, target, _rngs(key), state.step)
+        params = optim.hold(params, recipe.frozen)
+        (reconstruction, encoding), new_state = _forward(
+            recipe, params["model"], model_state, seen, _rngs(key), state.step, draw.latents
+        )
         regularization, parts = objective.regularization(encoding.losses, recipe.schedules.weights(state.step))
-        return (constrain(reconstruction, *names), regularization), (new_state, parts)
+        aligned = jnp.zeros((), jnp.float32)
+        if objective.alignment is not None:
+            aligned, more = objective.alignment(encoding.latents, seen, frozen, params["objective"])
+            parts = parts | more
+        return (constrain(reconstruction, *names), regularization, aligned), (new_state, parts)
 
-    (reconstruction, regularization), pull, (model_state, bottleneck) = jax.vjp(
-        model, state.params["model"], has_aux=True
+    (reconstruction, regularization, aligned), pull, (model_state, bottleneck) = jax.vjp(
+        model, state.params, has_aux=True
     )
     (value, parts), (cotangent, objective_grads) = jax.value_and_grad(
         lambda y, own: objective.reconstruction(y, target, frozen, own), argnums=(0, 1), has_aux=True
     )(reconstruction, state.params["objective"])
+    weight = _alignment_weight(objective.alignment, pull, cotangent)
     metrics = {f"loss/{name}": part for name, part in (parts | bottleneck).items()}
-    metrics["loss/generator"] = value + regularization
+    metrics["loss/generator"] = value + regularization + weight * aligned
     metrics["psnr"] = _psnr(reconstruction, target)
+    if objective.alignment is not None:
+        metrics |= {"loss/alignment": aligned, "alignment_weight": weight}
+
+    def pull_both(cotangents):  # of the reconstruction, and of regularization and alignment together
+        return pull((*cotangents, weight * cotangents[1]))
 
     adversary = recipe.adversary
     if adversary is not None:
         fooling, cotangent_gan, opponent = _fool(adversary, opponent, reconstruction, target)
         grads, weight_state = balance.balanced_pull(
-            pull,
+            pull_both,
             adversary.weight,
             opponent.balance,
             reconstruction=cotangent,
             gan=cotangent_gan,
-            last_layer=recipe.model.spec.last_layer,
+            last_layer=f"model/{recipe.model.spec.last_layer}",
             active=adversary.factor * (state.step >= adversary.generator_start),
             auxiliary=regularization,
         )
         opponent = opponent.replace(balance=weight_state)
         metrics |= {"loss/fooling": fooling, "adaptive_weight": weight_state.weight}
     else:
-        (grads,) = pull((cotangent, jnp.ones_like(regularization)))
-    return {"model": grads, "objective": objective_grads}, model_state, opponent, reconstruction, metrics
+        (grads,) = pull_both((cotangent, jnp.ones_like(regularization)))
+    grads = grads | {"objective": jax.tree.map(jnp.add, grads["objective"], objective_grads)}
+    return grads, model_state, opponent, (reconstruction, target), metrics
+
+
+def _alignment_weight(aligner, pull, cotangent) -> jax.Array | float:
+    """Weight of the alignment loss; as for the adversarial one, only the kernels that are read cost anything."""
+    if aligner is None:
+        return 0.0
+    if not aligner.layer:
+        return aligner.weight
+    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+    gradients = (
+        balance.parameter(pull(cotangents)[0], f"model/{aligner.layer}")
+        for cotangents in ((cotangent, zero, zero), (jnp.zeros_like(cotangent), zero, one))
+    )
+    return aligner.weight * alignment.adaptive_weight(*gradients)
 
 
 def _fool(adversary: Adversary, opponent: AdversaryState, reconstruction, target):
