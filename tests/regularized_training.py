@@ -11,11 +11,14 @@ from reference import Case, relative_l2
 
 from tokenizers.train.step import Recipe
 
-# Summation orders differ in float32. Observed on CPU: losses 3e-6, weights 2e-5, gradients 5e-5.
+# Summation orders differ in float32. Observed on CPU: losses 3e-5, weights 2e-6, norms of gradients below 1e-3.
 LOSS, WEIGHT, GRADIENT = 1e-4, 1e-3, 1e-3
-# Parameters; and how much they changed, where Adam makes steps of full size of the smallest gradient. Observed: 1e-7,
-# 3e-3.
-PARAMETER, CHANGE = 1e-4, 2e-2
+# Single gradients: 2e-5 in most cases. In train_pp_style_vanilla and train_vf_mae_64_gan_off_margin0 up to 3e-3, the size
+# of one value on the other side of a kink (L1, ReLU); which one it is has not been traced.
+TENSOR = 5e-3
+# Parameters; and how much they changed: Adam's first step is the sign of a gradient, however small. Observed: 3e-7; and
+# 2e-7, but 0.068 = 2 / sqrt(864) in one case, one sign of 864.
+PARAMETER, CHANGE = 1e-4, 1e-1
 
 _TRUNK = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256)}
 _TRUNK |= {17: (512, 256), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}
@@ -124,7 +127,7 @@ def check_step(training, metrics, kl):
         part = [g for name, g in gradients.items() if name.startswith(key.removeprefix("gradnorm_") + ".")]
         close("gradient", GRADIENT, np.sqrt(sum(np.sum(np.square(g)) for g in part)), expected[key], key)
     for key in (k for k in expected if k.startswith("grad:")):
-        close("gradient", GRADIENT, case.stored(key, gradients[key.removeprefix("grad:")]), expected[key], key)
+        close("tensor", TENSOR, case.stored(key, gradients[key.removeprefix("grad:")]), expected[key], key)
     before, after = training.parameters(training.before), training.parameters(training.state)
     for name in case.meta["run"]["grad_tensors"]:
         key = f"after:{name}"
@@ -145,7 +148,7 @@ def _check_discriminator(training, close):
     for name in case.meta["run"]["disc_grad_tensors"]:
         gradient = training.discriminator_gradient(name.removeprefix(prefix))
         key = f"grad_disc:{name}"
-        close("gradient", GRADIENT, case.stored(key, gradient), expected[key], key)
+        close("tensor", TENSOR, case.stored(key, gradient), expected[key], key)
         key, before = f"after:{name}", case.weights()[name]
         after = before + training.discriminator_change(name.removeprefix(prefix))
         close("parameter", PARAMETER, case.stored(key, after), expected[key], key)
