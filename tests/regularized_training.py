@@ -13,8 +13,8 @@ from tokenizers.train.step import Recipe
 
 # Summation orders differ in float32. Observed on CPU: losses 3e-5, weights 2e-6, norms of gradients below 1e-3.
 LOSS, WEIGHT, GRADIENT = 1e-4, 1e-3, 1e-3
-# Single gradients: 2e-5 in most cases. In train_pp_style_vanilla and train_vf_mae_64_gan_off_margin0 up to 3e-3, the size
-# of one value on the other side of a kink (L1, ReLU); which one it is has not been traced.
+# Single gradients: 2e-5 in most cases. In train_pp_style_vanilla and train_vf_mae_64_gan_off_margin0 up to 3e-3, the
+# size of one value on the other side of a kink (L1, ReLU); which one it is has not been traced.
 TENSOR = 5e-3
 # Parameters; and how much they changed: Adam's first step is the sign of a gradient, however small. Observed: 3e-7; and
 # 2e-7, but 0.068 = 2 / sqrt(864) in one case, one sign of 864.
