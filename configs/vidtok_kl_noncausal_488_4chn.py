@@ -55,7 +55,8 @@ def get_config(arg=None):
     elif arg == "smoke":  # seconds, on embedded photographs that a virtual camera moves, without the weights of LPIPS
         config.steps = 4
         config.loss.perceptual = None
-        config.model.update({"channels": 8, "multipliers": (1, 1, 1, 1), "blocks": 1})
+        config.model.update({"channels": 8, "multipliers": (1, 1, 1), "blocks": 1, "space_down": (0, 1)})
+        config.model.update({"space_up": (1, 2), "time_down": (0, 1), "time_up": (1, 2)})
         config.discriminator.update({"channels": 8, "layers": 2, "start": 1, "generator_start": 2})
         config.data.update({"source": "embedded", "path": "", "held_out": "0.1", "virtual_camera": True})
         config.data.streams.video.update({"frames": 4, "batch_size": 8, "resolutions": ((32, 32),), "fps": 0.0})
