@@ -159,7 +159,7 @@ def get_base() -> ConfigDict:
 
     config.log = ConfigDict({"every": 50, "tensorboard": True, "wandb": placeholder(str)})
     config.checkpoint = ConfigDict({"every": 1000, "keep_last": 2, "keep_best": 1})  # every=0: only at the end
-    config.evaluation = ConfigDict({"every": 1000, "items": 64, "final_report": True})  # with pictures; 0: at the end
+    config.evaluation = ConfigDict({"every": 1000, "max_items": 64, "final_report": True})  # every=0: at the end
     config.profile = ConfigDict({"start": 0, "steps": 0})  # write a profiler trace of that many steps
     config.lock()  # from here on a misspelt field is refused
     schedules = (config.schedules.loss, config.schedules.model)

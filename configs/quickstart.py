@@ -53,7 +53,7 @@ def get_config(arg=None):
         config.data.streams.video.update({"batch_size": 8, "resolutions": ((32, 32),), "frames": 5})
         config.log.every = 1
         config.evaluation.every = 3
-        config.evaluation.items = 8
+        config.evaluation.max_items = 8
         config.checkpoint.every = 2
     elif arg is not None:
         raise ValueError(f"unknown argument {arg!r} of configs/quickstart.py. Accepted: smoke.")

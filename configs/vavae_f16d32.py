@@ -62,7 +62,7 @@ def get_config(arg=None):
         config.data.update({"source": "embedded", "path": "", "held_out": "0.1"})
         config.data.streams.image.update({"batch_size": 8, "resolutions": ((64, 64),)})
         config.log.every = 1
-        config.evaluation.update({"every": 2, "items": 4})
+        config.evaluation.update({"every": 2, "max_items": 4})
         config.checkpoint.every = 2
     elif arg is not None:
         raise ValueError(f"unknown argument {arg!r} of configs/vavae_f16d32.py. Accepted: mae, ldm, smoke.")

@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
@@ -115,3 +116,16 @@ def test_the_evaluation_config_names_what_exists():
     assert set(config.metrics) == set(run.METRICS)
     assert config.protocol in protocols.PROTOCOLS
     assert accepted_arguments("eval_default") == []
+
+
+@each_config
+def test_no_field_hides_behind_a_method(name, argument):
+    """A field called like a method of ConfigDict (``items``, ``keys``, ...) cannot be set on the command line."""
+
+    def walk(config, where):
+        for key in config:
+            assert not hasattr(ml_collections.ConfigDict, key), f"{where}{key}"
+            if isinstance(config[key], ml_collections.ConfigDict):
+                walk(config[key], f"{where}{key}.")
+
+    walk(load(name, argument), "")

@@ -71,7 +71,7 @@ def workplace(tmp_path_factory):
     config.steps, config.compilation_cache, config.log.tensorboard = 1, "", False
     config.discriminator.name = None  # quicker to compile
     del config.data.streams["image"]
-    config.evaluation.items = 4
+    config.evaluation.max_items = 4
     assert loop.run(config, place / "runs/quickstart")
     rng = np.random.default_rng(0)
     for number in range(4):

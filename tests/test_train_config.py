@@ -171,7 +171,7 @@ def test_how_a_run_is_watched_and_where_it_computes_may_change(tmp_path):
         "steps": 99,
         "log.every": 7,
         "checkpoint.every": 9,
-        "evaluation.items": 1,
+        "evaluation.max_items": 1,
         "mesh.fsdp": 8,
         "mesh.rules": (("a", "fsdp"),),
         "data.workers": 2,

@@ -108,7 +108,7 @@ def test_a_run_with_transforms_trains(tmp_path):
     config.steps = 2
     config.data = base.data(source="embedded", held_out="0.1")
     config.data.streams["image"] = base.stream(batch_size=8, resolutions=((16, 16),))
-    config.evaluation.update({"items": 4, "final_report": False})
+    config.evaluation.update({"max_items": 4, "final_report": False})
     config.log.tensorboard = False
     assert loop.run(config, tmp_path / "run")
 

@@ -48,7 +48,7 @@ def get_config(arg=None):
     config.data.streams["video"] = base.stream(frames=3, batch_size=8, resolutions=((16, 16),))
     config.log.every = 1
     config.evaluation.every = 3
-    config.evaluation.items = 2
+    config.evaluation.max_items = 2
     config.evaluation.final_report = False
     config.checkpoint.every = 2
     return config

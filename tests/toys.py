@@ -97,7 +97,7 @@ def run() -> pathlib.Path:
     config = quickstart.get_config("smoke")
     del config.data.streams["image"]
     config.model.update({"channels": (8,), "space_down": (False,), "time_down": (True,)})  # compression (2, 8, 8)
-    config.steps, config.evaluation.items, config.compilation_cache = 2, 4, ""
+    config.steps, config.evaluation.max_items, config.compilation_cache = 2, 4, ""
     config.discriminator.name = None
     config.log.tensorboard = False
     assert loop.run(config, folder / "run")

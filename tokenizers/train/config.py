@@ -35,7 +35,7 @@ _SMALLEST = {
     "checkpoint.keep_last": 1,
     "checkpoint.keep_best": 0,
     "evaluation.every": 0,
-    "evaluation.items": 1,
+    "evaluation.max_items": 1,
     "profile.start": 0,
     "profile.steps": 0,
     "discriminator.start": 0,

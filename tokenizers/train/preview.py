@@ -24,7 +24,7 @@ def has_held_out(data: Mapping) -> bool:
 
 
 class HeldOut:
-    """Scores a state on the first ``config.evaluation.items`` held-out items of each stream; the same ones each time.
+    """Scores a state on the first ``config.evaluation.max_items`` held-out items of each stream, always the same.
 
     Args:
       config: the run's config.
@@ -37,7 +37,7 @@ class HeldOut:
         self._data = Pipeline(
             config["data"], seed=config["seed"], split="held_out", process_index=index, process_count=count
         )
-        self._mesh, self._limit = mesh, config["evaluation"]["items"]
+        self._mesh, self._limit = mesh, config["evaluation"]["max_items"]
         self._batches: list[tuple[str, jax.Array, jax.Array]] | None = None
 
         def reconstruct(params, model_state, pixels, valid):
