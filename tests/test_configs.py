@@ -41,6 +41,16 @@ TRAINING = [
 # The weights of what judges reconstructions and latents are files.
 WITHOUT_FILES = {"perceptual": None, "content_weight": 0.0, "gram_weight": 0.0, "alignment": {"network": None}}
 each_config = pytest.mark.parametrize(("name", "argument"), TRAINING, ids=lambda value: str(value))
+# Tracing a step of a published size takes up to 20 s; a small one of each family runs always.
+TRACED_ALWAYS = ("quickstart", "cosmos_cv8x8x8", "kl_f16")
+each_traced = pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        pytest.param(name, argument, marks=[] if argument == "smoke" or name in TRACED_ALWAYS else pytest.mark.slow)
+        for name, argument in TRAINING
+    ],
+    ids=lambda value: str(value),
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -77,7 +87,7 @@ def test_configs_keep_to_the_schema(name, argument):
         compare(stream, base.stream(), f"data.streams.{key}.")
 
 
-@each_config
+@each_traced
 def test_configs_take_a_step_at_full_size(name, argument):
     """The whole step is traced for every batch shape, with shapes in place of arrays: nothing is allocated."""
     config = load(name, argument)
