@@ -130,6 +130,9 @@ def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[st
       ValueError: for an unknown system, or a missing, unexpected or misshapen tensor, by name.
     """
     table = convert.system(system)
+    if hasattr(table, "system_of"):  # one name for several networks
+        system = table.system_of(config)
+        table = convert.system(system)
     return _converted(table, state_dict, system, table.fields_from_official(config))
 
 

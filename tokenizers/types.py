@@ -49,6 +49,7 @@ class Spec:
       channels: pixel channels.
       tokens_per_item: number of tokens of a 1-D tokenizer, whatever the input size; ``None`` for grids.
       codebooks: indices per latent; if there are several (residual quantizers), they are a last axis of the indices.
+      codebook_sizes: number of codes of each, where they differ; ``codebook_size`` is then the largest.
       fills_front: clips of any length fit: the module puts copies of the first frame in front, up to a multiple of
         ``compression[0]``, and ``decode`` gives those frames too. The clip is the end of what comes out.
       lookahead: latent frames after its own that a decoded frame depends on. A stream is decoded that much later, and
@@ -65,13 +66,16 @@ class Spec:
     channels: int = 3
     tokens_per_item: int | None = None
     codebooks: int = 1
+    codebook_sizes: tuple[int, ...] = ()
     fills_front: bool = False
     lookahead: int = 0
 
     @property
     def bits_per_token(self) -> float | None:
         """log2 of the codebook size, of all codebooks together; ``None`` for continuous tokenizers."""
-        return None if self.codebook_size is None else self.codebooks * math.log2(self.codebook_size)
+        if self.codebook_size is None:
+            return None
+        return sum(math.log2(size) for size in self.codebook_sizes or (self.codebook_size,) * self.codebooks)
 
 
 @dataclasses.dataclass(frozen=True)

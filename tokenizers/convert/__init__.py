@@ -2,9 +2,10 @@
 
 The conversion file of a tokenizer has ``TABLE``, ``IGNORE`` (official names dropped on purpose) and
 ``fields_from_official(config)``, our model's fields from the authors' config. Files without the last one belong to the
-frozen networks of losses and metrics. Three more functions are optional: ``table_of(module)`` in place of TABLE where
-fields of the model decide about names, ``official_names(state_dict)`` brings other layouts of names to the table's, and
-``fields_from_weights(module, state_dict)`` gives fields that only the tensors tell.
+frozen networks of losses and metrics. Four more functions are optional: ``table_of(module)`` in place of TABLE where
+fields of the model decide about names, ``official_names(state_dict)`` brings other layouts of names to the table's,
+``fields_from_weights(module, state_dict)`` gives fields that only the tensors tell, and ``system_of(config)`` the
+system of a config where the authors' name covers several networks.
 """
 
 from __future__ import annotations

@@ -87,6 +87,24 @@ def autoencoder_table(paths: Sequence[str], official: Sequence[str]) -> tuple[Ru
     return (*coders[0], *coders[1], Rule(r"params/(quant_conv|post_quant_conv)/\w+", r"\1.{leaf}"))
 
 
+_AVERAGES = "model_ema."
+
+
+def weight_averages(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with the moving averages of its weights in their place, where it has them.
+
+    ``LitEma`` keeps them under ``model_ema.<name without dots>``. What has no average (statistics, frozen weights)
+    stays.
+    """
+    averages = {name for name in state_dict if name.startswith(_AVERAGES)}
+    found = {}
+    for name, value in state_dict.items():
+        if name not in averages:
+            average = _AVERAGES + name.replace(".", "")
+            found[name] = state_dict[average] if average in averages else value
+    return found
+
+
 # --- configs ---------------------------------------------------------------------------------------------------------
 
 

@@ -28,13 +28,17 @@ def TABLE(paths: Sequence[str], official: Sequence[str]) -> tuple[Rule, ...]:
     """The rules for the names of the file at hand, see `engine`; Flax's have slashes."""
     if any("/" in name for name in official):
         prefix = "params/" if all(name.startswith("params/") for name in official) else ""
-        return tuple(_flax(paths, prefix))
+        return tuple(flax_table(paths, prefix))
     return _PYTORCH
 
 
-def _flax(paths: Sequence[str], prefix: str) -> list[Rule]:
+def flax_table(paths: Sequence[str], prefix: str) -> list[Rule]:
+    """Rules for the names of the authors' Flax modules, for MAGVIT's 3D networks as well."""
     levels = 1 + max(int(found[1]) for path in paths if (found := re.match(r"params/encoder/down(\d+)_", path)))
-    blocks = 1 + max(int(found[1]) for path in paths if (found := re.match(r"params/encoder/mid_block(\d+)/", path)))
+    blocks = {
+        coder: 1 + max(int(found[1]) for path in paths if (found := re.match(rf"params/{coder}/mid_block(\d+)/", path)))
+        for coder in ("encoder", "decoder")
+    }
     order = {
         "encoder": [f"down{level}" for level in range(levels)] + ["mid"],
         "decoder": ["mid"] + [f"up{level}" for level in reversed(range(levels))],
@@ -46,7 +50,7 @@ def _flax(paths: Sequence[str], prefix: str) -> list[Rule]:
     # Kernels have our layout already.
     rules = [Rule("params/bottleneck/codebook", f"{prefix}quantizer/codebook")]
     for coder in order:
-        places = [f"{place}_block{i}" for place in order[coder] for i in range(blocks)]
+        places = [f"{place}_block{i}" for place in order[coder] for i in range(blocks[coder])]
         for number, place in enumerate(places):
             for ours, theirs in _LAYERS.items():
                 here, there = f"params/{coder}/{place}/{ours}", f"{prefix}{coder}/ResBlock_{number}/{theirs}"

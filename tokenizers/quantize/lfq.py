@@ -23,14 +23,16 @@ class LFQ(nn.Module):
     """Quantizes ``z (..., D)`` to the corners of a cube: ``+scale`` where z > 0, else ``-scale``. No parameters.
 
     Returns ``commitment`` = mean((z - sg(codes))^2) always, and while training ``entropy_sample`` and
-    ``entropy_codebook`` (weights w and -w * gamma). Open-MAGVIT2's index of two factors of a and b bits is
-    ``(index % 2**a, index // 2**a)`` in its little bit order. Several codebooks that share their statistics are an axis
-    before the last. Spherical codes (BSQ) are ``scale = D**-0.5`` on unit vectors.
+    ``entropy_codebook`` (weights w and -w * gamma). Several codebooks that share their statistics are an axis before
+    the last. Spherical codes (BSQ) are ``scale = D**-0.5`` on unit vectors.
 
     Attributes:
       bits: D; the codebook size is 2^D.
       bit_order: ``little`` or ``big``, see `BIT_ORDERS`.
       scale: magnitude of the codes.
+      factors: token factorization (section 3.4; Open-MAGVIT2's generators predict one factor after the other): bits of
+        the first channels, of the next ones, ... become an index each, on a last axis of the indices. In the little
+        order the index of a whole code is ``first + 2**bits_of_the_first * second``. Losses stay what they are.
       entropy: form of the entropy terms (``entropy.FORMS``): ``smoothed`` for MAGVIT and Open-MAGVIT2, ``clamped`` for
         vector-quantize-pytorch; None leaves them out.
       inverse_temperature: of the entropy terms; 100 in every release.
@@ -42,6 +44,7 @@ class LFQ(nn.Module):
     bits: int
     bit_order: str = "little"
     scale: float = 1.0
+    factors: tuple[int, ...] = ()
     entropy: str | None = "smoothed"
     inverse_temperature: float = 100.0
     entropy_chunk_size: int = 256
@@ -56,12 +59,24 @@ class LFQ(nn.Module):
         group = self.entropy_group_bits
         if group is not None and (group < 1 or self.bits % group):
             raise ValueError(f"entropy_group_bits must divide the {self.bits} bits, got {group}.")
+        if self.factors and (sum(self.factors) != self.bits or min(self.factors) < 1):
+            raise ValueError(f"factors must add up to the {self.bits} bits, got {self.factors}.")
         super().__post_init__()
 
     @property
     def codebook_size(self) -> int:
-        """2^bits."""
-        return 2**self.bits
+        """2^bits; of the largest factor where there are factors."""
+        return 2 ** max(self.factors or (self.bits,))
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Number of values of each index."""
+        return tuple(2**bits for bits in self.factors or (self.bits,))
+
+    @property
+    def codebooks(self) -> int:
+        """Indices per position."""
+        return len(self.codebook_sizes)
 
     def input_channels(self, latent_channels: int) -> int:
         """Channels of ``z`` for codes of that many channels."""
@@ -80,13 +95,20 @@ class LFQ(nn.Module):
         return Encoding(latents=straight_through(z, codes), indices=self.codes_to_indices(codes), losses=losses)
 
     def indices_to_codes(self, indices: Array) -> Array:
-        """int ``(...)`` in [0, 2^D) -> float32 codes ``(..., D)`` of +-scale."""
-        return self._corners(indices, self.bits)
+        """int ``(...)`` in [0, 2^D), or ``(..., factors)`` -> float32 codes ``(..., D)`` of +-scale."""
+        if not self.factors:
+            return self._corners(indices, self.bits)
+        parts = [self._corners(indices[..., i], bits) for i, bits in enumerate(self.factors)]
+        return jnp.concatenate(parts, axis=-1)
 
     def codes_to_indices(self, codes: Array) -> Array:
-        """Codes ``(..., D)`` -> int32 ``(...)``; only the signs count. The inverse of `indices_to_codes`."""
+        """Codes ``(..., D)`` -> int32 ``(...)`` or ``(..., factors)``; only the signs count. Inverse of the above."""
         self._check(codes.shape)
-        return jnp.sum((codes > 0).astype(jnp.int32) * self._basis(self.bits), axis=-1)
+        ones = (codes > 0).astype(jnp.int32)
+        if not self.factors:
+            return jnp.sum(ones * self._basis(self.bits), axis=-1)
+        parts = jnp.split(ones, np.cumsum(self.factors)[:-1], axis=-1)
+        return jnp.stack([jnp.sum(part * self._basis(part.shape[-1]), axis=-1) for part in parts], axis=-1)
 
     def _entropies(self, z: Array) -> tuple[Array, Array]:
         group = self.entropy_group_bits or self.bits
