@@ -81,7 +81,8 @@ def test_the_model_of_a_folder_is_not_chosen_again(config, tmp_path):
 
 def evaluate(*arguments):
     command = [sys.executable, "eval.py", *map(str, arguments)]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=toys.ROOT, env=environment, text=True, **streams)
 

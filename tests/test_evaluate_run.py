@@ -287,7 +287,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     here = pathlib.Path(__file__).resolve().parent
     environment = os.environ | {
         "PYTHONPATH": f"{here.parent}{os.pathsep}{here}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, "-c", WORKER]
