@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tokenizers.nn import posemb
-from tokenizers.nn.attention import Attention, SpatialAttention, TemporalAttention, WindowAttention, attend
+from tokenizers.nn.attention import Attention, SpatialAttention, TemporalAttention, WindowAttention, attend, with_room
 
 # float32 products of up to 8 channels and 24 keys in another order.
 CLOSE = {"atol": 1e-5}
@@ -176,6 +176,24 @@ def test_causal_temporal_attention_is_causal_and_streams(rotate):
     np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, **CLOSE)
     with pytest.raises(ValueError, match="cannot stream"):
         apply(module.clone(causal=False), variables, x, mutable="stream")
+
+
+@pytest.mark.parametrize("rotate", [None, rotate_frames], ids=["plain", "rotary"])
+def test_with_room_the_state_of_a_stream_changes_its_shape_only_when_the_clip_has_doubled(rotate):
+    x = normal(0, 1, 23, 2, 2, 8)
+    module = TemporalAttention(num_heads=2)
+    variables = init(module, x)
+    step = jax.jit(lambda chunk, stream: module.apply(variables | stream, chunk, rotate=rotate, mutable=["stream"]))
+    stream, outputs, sizes, start = {}, [], [], 0
+    for length in (1, 3, *[1] * 12, 7):
+        y, stream = step(x[:, start : start + length], stream)
+        stream, start = with_room(stream), start + length
+        outputs.append(y)
+        sizes.append(stream["stream"]["key"].shape[-3])
+        assert sizes[-1] >= 2 * start
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), apply(module, variables, x, rotate=rotate), **CLOSE)
+    assert sizes == [2, 8, *[16] * 4, *[32] * 8, 64]
+    assert step._cache_size() == 6  # (1, no past), (3, 2), (1, 8), (1, 16), (1, 32), (7, 32)
 
 
 def test_compute_dtype_is_an_attribute():

@@ -2,7 +2,8 @@
 
 What earlier chunks leave for later ones is the Linen collection ``stream`` (``nn/conv.py``): a pytree that goes into
 one compiled function per chunk shape and comes out of it, so chunks of one length compile once (the first chunk, which
-has no history, is a program of its own).
+has no history, is a program of its own). Attention over the whole past keeps buffers that double when they are half
+full: a program for each doubling of the length.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from . import errors
 from . import pixels as pixel_values
+from .nn.attention import with_room
 from .parallel import platform
 from .parallel.constrain import constrain
 from .types import Array, Encoding, Spec
@@ -53,7 +55,7 @@ def _encodings(spec: Spec, name: str, run: Run, chunks: Iterable[Any]) -> Iterat
     state: dict[str, Any] = {}
     for pixels in regroup(chunks, int(spec.first_frame_alone), spec.compression[0]):
         encoding, state = run(_encode_chunk, state, pixels)
-        _check_state(state, name)
+        state = _kept(state, name)
         yield encoding
 
 
@@ -62,7 +64,7 @@ def _pixels(spec: Spec, name: str, run: Run, chunks: Iterable[Any]) -> Iterator[
     for latents, last in _held_back(chunks, spec.lookahead):
         pixels, state = run(_decode_last_chunk if last else _decode_chunk, state, latents)
         if not last:
-            _check_state(state, name)
+            state = _kept(state, name)
         yield pixels
 
 
@@ -84,9 +86,10 @@ def _held_back(chunks: Iterable[Any], count: int) -> Iterator[tuple[Any, bool]]:
         yield held, True
 
 
-def _check_state(state: Any, name: str) -> None:
+def _kept(state: Any, name: str) -> Any:
     if not state:
         raise ValueError(f"{name} cannot stream: its layers keep no history. Encode and decode whole clips.")
+    return with_room(state)
 
 
 @functools.partial(platform.jit, static_argnums=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -222,6 +222,7 @@ class TemporalAttention(_Attention):
 
     When the collection ``stream`` is mutable and ``causal`` holds, keys and values of earlier chunks are kept in it
     (they grow with the clip, or have constant size with a ``window``), so that chunks give what the whole clip gives.
+    After `with_room` they lie in buffers whose size only doubles, so that few programs serve a clip of any length.
 
     Attributes:
       causal: frame t sees frames up to t.
@@ -239,32 +240,42 @@ class TemporalAttention(_Attention):
         if self.window is not None:
             y = self.merge(self._in_window(query, key, value, rotate), c)
             return constrain_grid(jnp.moveaxis(y.reshape(b, h, w, t, -1), 3, 1))
-        query, key, value = self._with_history(query, key, value)
+        past, key, value = self._with_history(key, value)
         if rotate is not None:
-            query, key = rotate(query), rotate(key)
-        query = query[..., -t:, :, :]
+            # The zeros in front and behind give `rotate` the right positions; only this call's queries are read.
+            placed = _written(jnp.zeros(key.shape, query.dtype), query, past)
+            query = jax.lax.dynamic_slice_in_dim(rotate(placed), past, t, axis=-3)
+            key = rotate(key)
         mask = None
         if self.causal and key.shape[-3] > t:
-            mask = jnp.tril(jnp.ones((t, key.shape[-3]), jnp.bool_), key.shape[-3] - t)
+            mask = jnp.arange(key.shape[-3]) <= past + jnp.arange(t)[:, None]
         is_causal = self.causal and mask is None
         y = attend(query, key, value, mask=mask, is_causal=is_causal, implementation=self.implementation)
         y = self.merge(y, c)
         return constrain_grid(jnp.moveaxis(y.reshape(b, h, w, t, -1), 3, 1))
 
-    def _with_history(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-        stored = self.has_variable(STREAM, "key")
+    def _with_history(self, key: Array, value: Array) -> tuple[int | Array, Array, Array]:
+        """The number of frames before this call's, and the keys and values from frame 0 on (maybe room after them)."""
+        stored, frames = self.has_variable(STREAM, "key"), key.shape[-3]
         if (stored or streams(self)) and not self.causal:
             raise ValueError("TemporalAttention with causal=False sees the whole clip and cannot stream.")
+        past = 0
         if stored:
             past_key, past_value = self.get_variable(STREAM, "key"), self.get_variable(STREAM, "value")
-            key = jnp.concatenate([past_key.astype(key.dtype), key], axis=-3)
-            value = jnp.concatenate([past_value.astype(value.dtype), value], axis=-3)
-            # Only the last queries are read; the ones in front give `rotate` the right positions.
-            query = jnp.concatenate([jnp.zeros_like(past_key, query.dtype), query], axis=-3)
+            held = past_key.shape[-3]
+            past = self.get_variable(STREAM, "frames", held)
+            # A buffer is free from its middle on.
+            size = max(held, held // 2 + frames) if self.has_variable(STREAM, "frames") else held + frames
+            key, value = (
+                _written(_longer(old.astype(new.dtype), size), new, past)
+                for old, new in ((past_key, key), (past_value, value))
+            )
         if streams(self):
             self.put_variable(STREAM, "key", key)
             self.put_variable(STREAM, "value", value)
-        return query, key, value
+            if self.has_variable(STREAM, "frames"):
+                self.put_variable(STREAM, "frames", past + frames)
+        return past, key, value
 
     def _in_window(self, query: Array, key: Array, value: Array, rotate: Rotate | None) -> Array:
         if self.window < 1 or not self.causal or rotate is not None:
@@ -289,6 +300,33 @@ class TemporalAttention(_Attention):
         at, of = seen + jnp.arange(frames)[:, None], jnp.arange(seen + frames)
         mask = (of <= at) & (of > at - self.window) & (of >= seen - count)
         return attend(query, key, value, mask=mask, implementation=self.implementation)
+
+
+def with_room(stream: Any) -> Any:
+    """Stream state in which the histories of `TemporalAttention` without a window are at most half full buffers.
+
+    Between chunks, outside of jit: without it every chunk has longer keys than the one before and compiles anew; with
+    it the shapes change when the clip has doubled. Once used, it must be used before every further chunk.
+
+    Args:
+      stream: the collection ``stream``, any pytree of mappings.
+    """
+    if not isinstance(stream, Mapping):
+        return stream
+    if "key" not in stream or "count" in stream:  # with a count: a window, of constant size
+        return {name: with_room(value) for name, value in stream.items()}
+    frames = int(stream.get("frames", stream["key"].shape[-3]))
+    size = max(stream["key"].shape[-3], 2 << (frames - 1).bit_length())
+    grown = {name: _longer(stream[name], size) for name in ("key", "value")}
+    return dict(stream) | grown | {"frames": jnp.asarray(frames, jnp.int32)}
+
+
+def _longer(x: Array, frames: int) -> Array:  # (... t heads d) -> (... frames heads d)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, frames - x.shape[-3]), (0, 0), (0, 0)])
+
+
+def _written(x: Array, part: Array, start: int | Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part, start, axis=-3)
 
 
 def constrain_grid(x: Array) -> Array:
