@@ -1,5 +1,6 @@
 """The KL autoencoders against the authors' code: both names of their weights, posterior, tiles, configs."""
 
+import dataclasses
 import functools
 
 import chex
@@ -8,16 +9,24 @@ import numpy as np
 import official_training
 import pytest
 from reference import Case, cases, relative_l2
+from regularized_training import projection
 
 import tokenizers
 from tokenizers import registry
 from tokenizers.convert import engine, ldm_kl
 from tokenizers.quantize.gaussian import kl_to_standard_normal, reparameterize, split_posterior
+from tokenizers.train.objective import Alignment
 
 # Summation orders differ in float32. Observed on CPU: outputs 2e-6.
 OUTPUT, GRADIENT = 1e-4, 1e-3
 # Adam makes steps of full size of gradients that are zero but for rounding; a step later gradients show it.
 LATER = 1e-2
+# In train_vavae_vf one input of the discriminator's leaky ReLUs is 1.8e-6 in float64 and negative in our float32: its
+# slope is 0.2 in place of 1, which the first step's gradients show by 1.5e-2 (observed), through an adversarial weight
+# of 426. The same step in float64 has the authors' gradients to 2e-6.
+KINK = 2e-2
+# Adam's first step is the sign of a gradient, however small: 0.114 = 2 sqrt(10 / 3072) is 10 signs of 3072 (observed).
+SIGNS = 2e-1
 
 
 def marked(names):
@@ -213,24 +222,54 @@ def test_configs_of_other_networks_are_refused(config, message):
 # --- training
 
 
+class AlignedTraining(official_training.Training):
+    """With VA-VAE's alignment of the latents; the case gives the other side of it."""
+
+    def __init__(self, case, *arguments, **options):
+        super().__init__(case, *arguments, **options)
+        loss, features = case.meta["config"]["lossconfig"]["params"], jnp.asarray(case.input("aux_feature"))
+        alignment = Alignment(
+            lambda images, frozen: features,
+            weight=loss["vf_weight"],
+            cosine_margin=loss["cos_margin"],
+            distance_margin=loss["distmat_margin"],
+            layer="encoder/conv_out/kernel",
+        )
+        objective = dataclasses.replace(self.recipe.objective, alignment=alignment)
+        self.recipe = dataclasses.replace(self.recipe, objective=objective)
+        kernel = jnp.asarray(case.weights()["linear_proj.weight"][:, :, 0, 0].T)
+        params = self.state.params | {"objective": self.state.params["objective"] | {"alignment": {"kernel": kernel}}}
+        self.state = self.state.replace(params=params, optimizer=self.recipe.optimizer.init(params))
+
+    def gradients(self):
+        return super().gradients() | projection(self.state.optimizer[0]["objective"])
+
+
 @pytest.mark.slow  # LPIPS' network makes it a minute
-@pytest.mark.parametrize("name", cases("ldm_kl", "train_kl.*"))
+@pytest.mark.parametrize("name", cases("ldm_kl", "train_.*"))
 def test_training_steps_are_those_of_the_original(name):
     """Sums over pixels and latents, one log-variance that nothing trains, one reconstruction for both sides."""
     case = Case("ldm_kl", name)
     expected, loss = case.outputs, case.meta["config"]["lossconfig"]["params"]
     weights = {"kl": loss.get("kl_weight", 1e-6)}
-    training = official_training.Training(case, "ldm_kl", ldm_kl.TABLE, weights, fresh_forward=False, noise="normal")
+    aligned = case.meta["vf"] is not None
+    make = AlignedTraining if aligned else official_training.Training
+    training = make(case, "ldm_kl", ldm_kl.TABLE, weights, fresh_forward=False, noise="normal")
     for index, number in enumerate(case.meta["global_steps"]):
         metrics = training.step(number, [jnp.asarray(case.input(f"eps_{index}"))])
         s, runs, tolerance = f"s{index}", number >= loss["disc_start"], OUTPUT if index == 0 else GRADIENT
         regularization = weights["kl"] * metrics["loss/kl"]
+        if aligned:
+            regularization += metrics["alignment_weight"] * metrics["loss/alignment"]
+            np.testing.assert_allclose(metrics["alignment_weight"], expected[f"{s}_vf_weight"], rtol=GRADIENT)
         scalars = {
             f"{s}_kl_loss": metrics["loss/kl"],
             f"{s}_nll_loss": metrics["loss/generator"] - regularization,
             f"{s}_rec_loss": metrics["loss/l1"] + loss.get("perceptual_weight", 1.0) * metrics["loss/lpips"],
             f"{s}_disc_loss": metrics["loss/discriminator"],
         }
+        if aligned:
+            scalars[f"{s}_vf_loss"] = metrics["loss/alignment"]
         if runs:
             scalars |= {
                 f"{s}_g_loss": metrics["loss/fooling"],
@@ -246,8 +285,9 @@ def test_training_steps_are_those_of_the_original(name):
         for key, value in scalars.items():
             # Absolute: mean logits are sums of both signs.
             np.testing.assert_allclose(value, expected[key], rtol=tolerance, atol=1e-5, err_msg=key)
-        tolerance = GRADIENT if index == 0 else LATER
+        tolerance = KINK if aligned else GRADIENT if index == 0 else LATER
         official_training.check_gradients(training, f"{s}_g", expected, tolerance)
         official_training.check_discriminator_gradients(training, f"{s}_d", expected, tolerance)
+        tolerance = SIGNS if aligned else tolerance
         official_training.check_changes(training, f"{s}_g", f"{s}_d", expected, tolerance)
     np.testing.assert_array_equal(training.state.params["objective"]["logvar"], expected["logvar_after"])

@@ -9,11 +9,15 @@ from .compvis import autoencoder_table, check_keys, diffusers_fields, is_diffuse
 
 TABLE = autoencoder_table
 
-# The training loss, weight averages, and the random colours in which segmentations are shown.
-IGNORE = (r"loss\..*", r"model_ema\..*", r"colorize")
+# The training loss, weight averages, the random colours in which segmentations are shown, and what LightningDiT's copy
+# of the class aligns the latents with.
+IGNORE = (r"loss\..*", r"model_ema\..*", r"colorize", r"foundation_model\..*", r"linear_proj\..*")
 
 # Of training and logging only; they change no weight and no output.
-_TRAINING = ("lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor")
+_TRAINING = (
+    "lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor", "use_vf", "reverse_proj",
+    "proj_fix",
+)  # fmt: skip
 
 
 def fields_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
