@@ -53,6 +53,7 @@ def stream(**changes) -> ConfigDict:
     config.weight = 1.0  # share of the steps
     config.fps = 0.0  # 0 = the clip's own
     config.stride = 1
+    config.sampling = "time"  # which frames: time (nearest in time), spread (VidTok's rule, tokenizers/data/decode.py)
     return _changed(config, changes)
 
 

@@ -46,6 +46,7 @@ def get_config(arg=None):
     config.data = base.data(source="videos", path="data/videos/train", held_out="0.01")
     config.data.update({"crop": "center", "flip": False, "resample": "bilinear"})
     config.data.streams["video"] = base.stream(frames=16, batch_size=16, resolutions=((128, 128),), fps=3.0)
+    config.data.streams.video.sampling = "spread"
     config.evaluation.every = 2_000
     config.checkpoint.every = 2_500
     if arg == "stage2":  # the decoder alone, on larger frames

@@ -1,5 +1,6 @@
 """Whatever a file holds, what comes out is upright uint8 RGB, and clips have the frames that were asked for."""
 
+import functools
 import io
 import struct
 from fractions import Fraction
@@ -7,9 +8,10 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import reference
 from PIL import Image
 
-from tokenizers.data.decode import decode_clip, decode_image, probe
+from tokenizers.data.decode import decode_clip, decode_image, probe, spread_frames
 from tokenizers.data.records import Record, Unusable
 
 # Frame n of a test video is uniformly gray with level 16 + 8 n; lossy coding moves a flat level by less than 4.
@@ -166,6 +168,32 @@ def test_resampling_takes_the_frames_nearest_in_time(fps, stride, expected):
     buffer = io.BytesIO()
     write_video(buffer, 20, container="mp4")
     assert numbers(decode_clip(buffer.getvalue(), 5, fps=fps, stride=stride)) == expected
+
+
+@pytest.mark.parametrize("name", reference.cases("vidtok", "frame_sampling"))
+def test_spread_frames_are_the_ones_that_vidtok_trains_on(name):
+    case = reference.Case("vidtok", name)
+    for number, call in enumerate(case.meta["calls"]):
+        total, frames = call["total_frames"], call["sample_num_frames"]
+        expected = case.outputs[f"frame_idx_{number}"]
+        room = case.outputs.get(f"randint_bounds_{number}", (0, total))[1]
+        offset = call.get("start_index", 0)  # given, not drawn: the same clip of the video's rest
+        draw = (call.get("forced_random_start", 0) + 0.5) / (room + 1) if room > 0 else 0.9
+        draw = 0.0 if "start_index" in call else draw
+        got = spread_frames(total - offset, call["video_fps"], frames, call["sample_fps"], draw) + offset
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_spread_sampling_reads_those_frames_and_repeats_the_last_of_a_short_video():
+    buffer = io.BytesIO()
+    write_video(buffer, 20, container="mp4")  # ten frames a second
+    read = functools.partial(decode_clip, buffer.getvalue(), sampling="spread")
+    assert numbers(read(5, fps=5.0)) == [0, 2, 4, 6, 9]
+    assert numbers(read(5, fps=5.0, rng=np.random.default_rng(0))) == [7, 9, 11, 13, 16]
+    assert numbers(read(6, fps=1.0)) == [0, 3, 7, 11, 15, 19]
+    assert numbers(read(22)) == [*range(20), 19, 19]
+    with pytest.raises(ValueError, match="frame sampling"):
+        read(5, sampling="spraed")
 
 
 def test_resampling_follows_variable_time_stamps():

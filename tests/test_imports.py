@@ -21,7 +21,7 @@ ALLOWED = {
     "discriminators": FOUNDATION | {"parallel", "nn"},
     "losses": {"errors", "networks"},
     "data": {"errors"},
-    "streaming": FOUNDATION | {"parallel"},
+    "streaming": FOUNDATION | {"parallel", "nn"},
     "tiling": FOUNDATION,
     "api": FOUNDATION | {"registry", "streaming", "tiling", "parallel", "convert"},
     "loading": FOUNDATION | {"api", "registry", "parallel", "convert", "train"},

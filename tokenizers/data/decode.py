@@ -11,6 +11,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
+from .. import errors
 from .records import Record, Unusable
 
 # Transparent pixels are shown on white, as browsers and viewers do: the colour stored under them is arbitrary.
@@ -18,6 +19,9 @@ BACKGROUND = (255, 255, 255)
 
 # PyAV before 19 refuses a file whose metadata is not UTF-8, unless it is asked not to.
 _ANY_METADATA = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+# How the frames of a clip are chosen, see `decode_clip`.
+SAMPLING = ("time", "spread")
 
 # How far before the wanted time to look for a key frame when the container's index was wrong; None is the beginning.
 _SEEK_MARGINS = (0.0, 2.0, 20.0, None)
@@ -68,12 +72,34 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def spread_frames(total: int, rate: float, frames: int, fps: float, draw: float) -> np.ndarray:
+    """Frame numbers of a clip as VidTok's authors choose them (`sample_frames_with_fps`).
+
+    Every ``round(rate / fps)``-th frame, but spread evenly over one frame more than these cover, so that one step in
+    the clip is longer than the others.
+
+    Args:
+      total: frames of the video.
+      rate: its frames per second.
+      frames: frames of the clip.
+      fps: wanted frames per second.
+      draw: in [0, 1), the place of the clip among the possible ones; 0 starts at the first frame.
+
+    Returns:
+      int ``(min(frames, total),)``, not decreasing.
+    """
+    length = (frames - 1) * max(round(rate / fps), 1) + 1
+    start = int(draw * max(total - length, 1))
+    return np.linspace(start, min(total - 1, start + length), min(frames, total)).astype(int)
+
+
 def decode_clip(
     data: bytes | str,
     frames: int,
     *,
     fps: float = 0.0,
     stride: int = 1,
+    sampling: str = "time",
     rng: np.random.Generator | None = None,
     at_least: tuple[int, int] | None = None,
 ) -> np.ndarray:
@@ -85,6 +111,8 @@ def decode_clip(
       fps: frame rate the video is resampled to before striding: the frame nearest in time is taken, so a lower rate
         drops frames and a higher one repeats them. 0 takes the video's own frames.
       stride: take every ``stride``-th frame at that rate.
+      sampling: one of `SAMPLING`: ``time`` as said above; ``spread`` takes the video's own frames at whole steps, see
+        `spread_frames`, and repeats the last one where the video is too short.
       rng: draws the start, uniformly over all possible ones; ``None`` starts at the first frame.
       at_least: ``(H, W)`` that the caller will shrink to anyway: larger videos are reduced to twice that while their
         colours are converted, which saves time and memory.
@@ -92,9 +120,13 @@ def decode_clip(
     Raises:
       Unusable: damaged, without a video stream, or too short for ``frames`` at this rate and stride.
     """
+    if sampling not in SAMPLING:
+        raise errors.unknown("frame sampling", sampling, SAMPLING)
     draw = 0.0 if rng is None else float(rng.random())
     try:
         with contextlib.closing(_Video(data)) as video:
+            if sampling == "spread":
+                return _to_pixels(video.pick_spread(draw, frames, fps, stride), at_least)
             step = stride / fps if fps > 0 else None
             picked = video.pick_by_header(draw, frames, step, stride) or video.pick_by_scan(draw, frames, step, stride)
             return _to_pixels(picked, at_least)
@@ -152,6 +184,17 @@ class _Video:
             rate = f"{1 / step:.3g} frames per second" if step else f"stride {stride}"
             raise Unusable(f"too short: {len(times)} frames, {frames} wanted at {rate}")
         return picked
+
+    def pick_spread(self, draw: float, frames: int, fps: float, stride: int) -> list:
+        """The clip that `spread_frames` says, filled up by its last frame."""
+        times = self._scan()
+        if not times:
+            raise Unusable("no frames")
+        wanted = spread_frames(len(times), 1 / self.period, frames, fps / stride if fps > 0 else 1 / self.period, draw)
+        picked = self._nearest([times[number] for number in wanted])
+        if picked is None:
+            raise Unusable(f"fewer frames can be decoded than the {len(times)} that the file announces")
+        return picked + picked[-1:] * (frames - len(picked))
 
     def _scan(self) -> list[float]:
         container, stream = _open(self.data)

@@ -44,6 +44,7 @@ class Item:
     size: tuple[int, int]
     fps: float = 0.0
     stride: int = 1
+    sampling: str = "time"
     crop: str = "random"
     flip: bool = False
     zoom: tuple[float, float] = (1.0, 1.0)
@@ -75,7 +76,8 @@ class Item:
         at_least = None if enlarge is None else tuple(round(side * enlarge) for side in self.size)
         if record.kind == "image":
             return decode_image(record.data, at_least)[None]
-        return decode_clip(record.data, self.frames, fps=self.fps, stride=self.stride, rng=rng, at_least=at_least)
+        how = {"fps": self.fps, "stride": self.stride, "sampling": self.sampling}
+        return decode_clip(record.data, self.frames, **how, rng=rng, at_least=at_least)
 
     def _camera_clip(self, pool: Pool, record: Record, rng: np.random.Generator, enlarge: float | None) -> np.ndarray:
         if not self.virtual_camera:

@@ -111,9 +111,17 @@ class Pipeline:
             if not kept:
                 logging.getLogger(__name__).warning("stream %s: no item is nearest to %s; left out", name, size)
             else:
-                item = Item(stream.frames, size, stream.fps, stream.stride, settings.crop, settings.flip)
-                item = dataclasses.replace(
-                    item, zoom=settings.zoom, resample=settings.resample, virtual_camera=settings.virtual_camera
+                item = Item(
+                    frames=stream.frames,
+                    size=size,
+                    fps=stream.fps,
+                    stride=stream.stride,
+                    sampling=stream.sampling,
+                    crop=settings.crop,
+                    flip=settings.flip,
+                    zoom=settings.zoom,
+                    resample=settings.resample,
+                    virtual_camera=settings.virtual_camera,
                 )
                 pools, shares = zip(*kept, strict=True)
                 buckets.append(Bucket(name, stream, item, pools, shares, sum(shares)))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import errors
+from .decode import SAMPLING
 from .transforms import CROPS, FILTERS
 
 
@@ -35,6 +36,7 @@ class StreamSettings:
       weight: share of the batches.
       fps: frame rate that videos are resampled to, 0 for their own.
       stride: take every ``stride``-th frame at that rate.
+      sampling: how the frames of a clip are chosen, one of `decode.SAMPLING`.
       sources: the mixture of data sets.
     """
 
@@ -44,6 +46,7 @@ class StreamSettings:
     weight: float = 1.0
     fps: float = 0.0
     stride: int = 1
+    sampling: str = "time"
     sources: tuple[SourceSettings, ...] = ()
 
 
@@ -143,6 +146,8 @@ def _stream(name: str, given: dict[str, Any], top: Mapping[str, Any]) -> StreamS
             raise ValueError(f"stream {name!r}: {key} must be an integer of at least 1, got {values[key]!r}")
     if values.get("weight", 1.0) <= 0 or values.get("fps", 0.0) < 0:
         raise ValueError(f"stream {name!r}: weight must be positive and fps at least 0, got {given}")
+    if values.get("sampling", "time") not in SAMPLING:
+        raise errors.unknown("frame sampling", values["sampling"], SAMPLING)
     return StreamSettings(**values)
 
 
