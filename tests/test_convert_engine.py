@@ -228,3 +228,26 @@ def test_any_model_round_trips(modules, features, spatial):
     state = to_official(table, tree)
     back = to_tree(table, target, state)
     jax.tree.map(np.testing.assert_array_equal, tree, back)
+
+
+def test_tables_see_scanned_layers_one_by_one():
+    table = (
+        Rule(r"params/net/layers/(\d+)/(\w+)/\w+", r"blocks.\1.\2.{leaf}"),
+        Rule(r"params/net/norm/\w+", r"norm.{leaf}"),
+    )
+    target = {"params": {"net": {"layers": {"fc": {"kernel": leaf(2, 3, 4)}}, "norm": {"scale": leaf(3)}}}}
+    rng = np.random.default_rng(0)
+    state = {name: rng.normal(size=(4, 3)).astype(np.float32) for name in ("blocks.0.fc.weight", "blocks.1.fc.weight")}
+    state["norm.weight"] = np.ones(3, np.float32)
+    tree = to_tree(table, target, state)
+    kernels = tree["params"]["net"]["layers"]["fc"]["kernel"]
+    np.testing.assert_array_equal(kernels, [state["blocks.0.fc.weight"].T, state["blocks.1.fc.weight"].T])
+    back = to_official(table, jax.tree.map(jnp.asarray, tree))
+    assert back.keys() == state.keys()
+    for name in state:
+        np.testing.assert_array_equal(back[name], state[name])
+    short = {name: value for name, value in state.items() if "1" not in name}
+    with pytest.raises(ValueError, match=r"missing 'blocks.1.fc.weight' \(our params/net/layers/1/fc/kernel\)"):
+        to_tree(table, target, short)
+    with pytest.raises(ValueError, match="unexpected 'blocks.2.fc.weight'"):
+        to_tree(table, target, state | {"blocks.2.fc.weight": state["blocks.0.fc.weight"]})

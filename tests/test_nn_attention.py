@@ -247,3 +247,32 @@ def test_height_sharding_changes_nothing(module):
     if isinstance(module, TemporalAttention):
         assert "all-gather" not in compiled.as_text()
     np.testing.assert_allclose(y, expected, **CLOSE)
+
+
+def test_grouped_queries_share_keys_and_values():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    grouped = Attention(4, kv_heads=2)
+    params = grouped.init(jax.random.key(1), x)["params"]
+    assert params["key"]["kernel"].shape == (8, 4)
+
+    def repeated(name):  # every head of two channels twice
+        return {
+            key: a.reshape(*a.shape[:-1], 2, 2).repeat(2, -2).reshape(*a.shape[:-1], 8)
+            for key, a in params[name].items()
+        }
+
+    full = {**params, "key": repeated("key"), "value": repeated("value")}
+    np.testing.assert_allclose(grouped.apply({"params": params}, x), Attention(4).apply({"params": full}, x), atol=1e-6)
+    with pytest.raises(ValueError, match="kv_heads=3 must divide num_heads=4"):
+        Attention(4, kv_heads=3).init(jax.random.key(1), x)
+    with pytest.raises(ValueError, match="need fused_qkv=False"):
+        Attention(4, kv_heads=2, fused_qkv=True).init(jax.random.key(1), x)
+
+
+def test_a_window_is_a_band_of_the_mask():
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8))
+    module = Attention(2)
+    variables = module.init(jax.random.key(1), x)
+    distance = jnp.arange(9)[None] - jnp.arange(9)[:, None]  # of the key, after the query
+    expected = module.apply(variables, x, mask=(distance >= -3) & (distance <= 1))
+    np.testing.assert_allclose(module.apply(variables, x, window=(3, 1)), expected, atol=1e-6)

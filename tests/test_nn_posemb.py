@@ -98,3 +98,14 @@ def test_axial_angles_turn_channels_of_their_own():
     np.testing.assert_array_equal(angles[1, 2, 3, 2:], [2, 3])
     shifted = posemb.axial_rotary_angles((2, 2), (2, 2), positions=([-1, 1], [0.5, 1.5]))
     np.testing.assert_array_equal(shifted, [[-1, 0.5], [-1, 1.5], [1, 0.5], [1, 1.5]])
+
+
+def test_heads_may_turn_differently():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8))
+    angles = jax.random.normal(jax.random.key(1), (5, 3, 4))
+    together = posemb.apply_rotary(x, angles, interleaved=True)
+    for head in range(3):
+        alone = posemb.apply_rotary(x[:, :, head : head + 1], angles[:, head], interleaved=True)
+        np.testing.assert_array_equal(together[:, :, head : head + 1], alone)
+    with pytest.raises(ValueError, match="do not fit"):
+        posemb.apply_rotary(x, angles[:, :2])

@@ -121,7 +121,8 @@ def example_shape(module: nn.Module) -> tuple[int, ...]:
     """Shape of the smallest input that passes through every layer: ``(1, T, H, W, C)`` or ``(1, H, W, C)``."""
     spec = module.spec
     time, height, width = spec.compression
-    frames = (1 + time if spec.first_frame_alone else time,) if spec.video else ()
+    fewest = getattr(module, "input_frames", None) or (1 + time if spec.first_frame_alone else time)
+    frames = (fewest,) if spec.video else ()
     smallest = getattr(module, "input_size", None) or (height * 4, width * 4)
     return (1, *frames, *smallest, spec.channels)
 

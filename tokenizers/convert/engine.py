@@ -11,6 +11,9 @@ tensor::
     variables = to_tree(TABLE, jax.eval_shape(model.init, ...), state_dict, ignore=(r"loss\\..*",))
     state_dict = to_official(TABLE, variables)
 
+A module called ``layers`` is a scanned one (`nn/scan.py`): each of its leaves holds that of all layers along axis 0.
+Tables see one path per layer, ``params/encoder/layers/3/norm1/scale``, as if the layers were modules of their own.
+
 Where official names depend on the depth of a network, or differ between published files, TABLE is a function of our
 paths and of the official names at hand (none when names are made) that returns the rules.
 
@@ -175,6 +178,45 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+LAYERS = "layers"
+
+
+def per_layer(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat leaves with those of scanned layers cut into one per layer."""
+    split = {}
+    for path, leaf in flat.items():
+        head, found, tail = path.partition(f"/{LAYERS}/")
+        if found:
+            split |= {f"{head}{found}{i}/{tail}": _layer(leaf, i) for i in range(leaf.shape[0])}
+        else:
+            split[path] = leaf
+    return split
+
+
+def _layer(leaf: Any, index: int) -> Any:
+    abstract = not hasattr(leaf, "__array__")
+    return _Shape(tuple(leaf.shape[1:]), leaf.dtype) if abstract else np.asarray(leaf)[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def stacked(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `per_layer`."""
+    whole, layers = {}, {}
+    for path, leaf in flat.items():
+        head, found, tail = path.partition(f"/{LAYERS}/")
+        if found:
+            index, _, tail = tail.partition("/")
+            layers.setdefault(f"{head}{found}{tail}", {})[int(index)] = leaf
+        else:
+            whole[path] = leaf
+    return whole | {path: np.stack([found[i] for i in range(len(found))]) for path, found in layers.items()}
+
+
 def official_names(table: Table, paths: Iterable[str]) -> dict[str, str]:
     """``{our path: official name}``; a ``ValueError`` lists the paths without a rule and the names given twice."""
     plan = _plan(table, paths)
@@ -253,7 +295,7 @@ def to_tree(
     Raises:
       ValueError: lists every missing, unexpected and misshapen tensor at once.
     """
-    wanted = flatten(target)
+    wanted = per_layer(flatten(target))
     plan = _plan(table, wanted, state_dict)
     used = {name for name, _, _ in plan.values()}
     ignored = [re.compile(pattern) for pattern in ignore]
@@ -274,12 +316,12 @@ def to_tree(
     for path, (name, _, absent) in plan.items():
         if name not in state_dict:
             flat[path] = _fitted(np.asarray(absent(state_dict, wanted[path])), identity, wanted[path])
-    return unflatten(flat)
+    return unflatten(stacked(flat))
 
 
 def to_official(table: Table, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Our variables as ``{official name: array}``: the exact inverse of `to_tree` (ignored tensors stay away)."""
-    flat = flatten(tree)
+    flat = per_layer(flatten(tree))
     plan = _plan(table, flat)
     whole: dict[str, np.ndarray] = {}
     pieces: dict[str, dict[int, np.ndarray]] = {}

@@ -30,6 +30,7 @@ def attend(
     bias: Array | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
     implementation: str = "auto",
 ) -> Array:
     """Softmax attention over `jax.nn.dot_product_attention`; logits and softmax in float32.
@@ -37,14 +38,15 @@ def attend(
     Args:
       query: ``(..., N, heads, D)`` with one or more leading batch axes, which are never merged, so that sharded ones
         stay sharded.
-      key, value: ``(..., M, heads, D)``.
+      key, value: ``(..., M, heads, D)``, or with fewer heads, a divisor of them: consecutive queries share one.
       mask: boolean, true where a query sees a key; broadcasts to ``(B, heads, N, M)``, B the innermost batch axis.
       bias: added to the logits, broadcasts likewise.
       is_causal: query i sees keys up to i.
       scale: of the logits, ``None`` is ``D ** -0.5``.
+      window: of the keys, a query sees so many before and after its own place; ``None`` is all of them.
       implementation: ``"auto"`` is flash attention by cuDNN on NVIDIA GPUs where it serves the case (16 bit types,
-        D up to 128 and a multiple of 8, no mask or bias, sequence not sharded), and XLA's elsewhere. ``"xla"`` and
-        ``"cudnn"`` pin one.
+        D up to 128 and a multiple of 8, no mask, bias or window, sequence not sharded), and XLA's elsewhere.
+        ``"xla"`` and ``"cudnn"`` pin one.
 
     Returns:
       ``(..., N, heads, D)`` in the dtype of ``query``.
@@ -53,14 +55,14 @@ def attend(
         raise unknown("attention implementation", implementation, IMPLEMENTATIONS)
     if query.ndim < 4:
         raise ValueError(f"attend needs (batch, tokens, heads, channels); got a query of shape {query.shape}.")
-    run = functools.partial(_attend, mask=mask, bias=bias, is_causal=is_causal, scale=scale)
-    if implementation == "auto" and _flash_serves(query, key, mask, bias):
+    run = functools.partial(_attend, mask=mask, bias=bias, is_causal=is_causal, scale=scale, window=window)
+    if implementation == "auto" and window is None and _flash_serves(query, key, mask, bias):
         cudnn, xla = (functools.partial(run, implementation=name) for name in ("cudnn", "xla"))
         return jax.lax.platform_dependent(query, key, value, cuda=cudnn, default=xla)
     return run(query, key, value, implementation="xla" if implementation == "auto" else implementation)
 
 
-def _attend(query, key, value, *, mask, bias, is_causal, scale, implementation):
+def _attend(query, key, value, *, mask, bias, is_causal, scale, window, implementation):
     mask, bias = (None if a is None else a.reshape((1,) * (4 - a.ndim) + a.shape) for a in (mask, bias))
     run = functools.partial(
         jax.nn.dot_product_attention,
@@ -68,6 +70,7 @@ def _attend(query, key, value, *, mask, bias, is_causal, scale, implementation):
         bias=bias,
         is_causal=is_causal,
         scale=scale,
+        local_window_size=window,
         implementation=implementation,
     )
     for _ in range(query.ndim - 4):
@@ -98,6 +101,8 @@ class _Attention(nn.Module):
 
     Attributes:
       num_heads: number of heads.
+      kv_heads: heads of keys and values, a divisor of ``num_heads`` (https://arxiv.org/abs/2305.13245); ``None`` is as
+        many. Not with ``fused_qkv``.
       head_dim: channels per head; ``None`` is C / num_heads.
       features: output channels; ``None`` is C.
       qkv_bias, out_bias: biases of the dense layers.
@@ -109,6 +114,7 @@ class _Attention(nn.Module):
     """
 
     num_heads: int = 1
+    kv_heads: int | None = None
     head_dim: int | None = None
     features: int | None = None
     qkv_bias: bool = True
@@ -124,17 +130,24 @@ class _Attention(nn.Module):
         if self.head_dim is None and x.shape[-1] % self.num_heads:
             raise ValueError(f"num_heads must divide the channels {x.shape[-1]}; got {self.num_heads}.")
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
-        width = self.num_heads * head_dim
+        width, kv_heads = self.num_heads * head_dim, self.kv_heads or self.num_heads
+        if self.num_heads % kv_heads:
+            raise ValueError(f"kv_heads={kv_heads} must divide num_heads={self.num_heads}.")
         if self.fused_qkv:
-            if context is not None:
-                raise ValueError("fused_qkv=True projects x alone; attention to a context needs fused_qkv=False.")
+            if context is not None or kv_heads != self.num_heads:
+                raise ValueError(
+                    "fused_qkv=True projects x alone, to as many heads each; attention to a context, and kv_heads, "
+                    "need fused_qkv=False."
+                )
             qkv = jnp.split(nn.Dense(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x), 3, axis=-1)
         else:
             inputs = {"query": x, "key": x if context is None else context, "value": x if context is None else context}
+            widths = {"query": width, "key": kv_heads * head_dim, "value": kv_heads * head_dim}
             qkv = [
-                nn.Dense(width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(a) for name, a in inputs.items()
+                nn.Dense(widths[name], use_bias=self.qkv_bias, dtype=self.dtype, name=name)(a)
+                for name, a in inputs.items()
             ]
-        query, key, value = (a.reshape(*a.shape[:-1], self.num_heads, head_dim) for a in qkv)
+        query, key, value = (a.reshape(*a.shape[:-1], -1, head_dim) for a in qkv)
         if self.qk_norm is not None:
             if self.qk_norm not in ("rms", "layer"):
                 raise unknown("qk_norm", self.qk_norm, ("rms", "layer", None))
@@ -170,13 +183,14 @@ class Attention(_Attention):
         mask: Array | None = None,
         bias: Array | None = None,
         is_causal: bool = False,
+        window: tuple[int, int] | None = None,
     ) -> Array:  # (b n c) -> (b n d)
         """Self-attention, or attention to ``context`` ``(B, M, C')``.
 
         ``rotate`` maps queries and keys ``(..., N, heads, head_dim)`` to the same, e.g. a partial of
-        `posemb.apply_rotary`; ``mask``, ``bias`` and ``is_causal`` are those of `attend`.
+        `posemb.apply_rotary`; ``mask``, ``bias``, ``is_causal`` and ``window`` are those of `attend`.
         """
-        return self.over_tokens(x, context, rotate, mask=mask, bias=bias, is_causal=is_causal)
+        return self.over_tokens(x, context, rotate, mask=mask, bias=bias, is_causal=is_causal, window=window)
 
 
 class SpatialAttention(_Attention):

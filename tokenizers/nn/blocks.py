@@ -100,10 +100,12 @@ class SwiGLU(nn.Module):
     Attributes:
       hidden: channels between.
       features: output channels; ``None`` is those of the input.
+      activation: in place of the swish: with `gelu` this is GEGLU.
     """
 
     hidden: int
     features: int | None = None
+    activation: Activation = nn.swish
     use_bias: bool = True
     dtype: Any = None
 
@@ -112,7 +114,7 @@ class SwiGLU(nn.Module):
         gate = nn.Dense(self.hidden, use_bias=self.use_bias, dtype=self.dtype, name="gate")(x)
         up = nn.Dense(self.hidden, use_bias=self.use_bias, dtype=self.dtype, name="up")(x)
         features = self.features or x.shape[-1]
-        return nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, name="down")(nn.swish(gate) * up)
+        return nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, name="down")(self.activation(gate) * up)
 
 
 class LayerScale(nn.Module):

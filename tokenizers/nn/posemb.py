@@ -185,17 +185,19 @@ def apply_rotary(x: Array, angles: Any, *, interleaved: bool = False) -> Array:
 
     Args:
       x: ``(..., N, heads, D)``.
-      angles: ``(N, R)`` with 2 R <= D; channels from 2 R on pass as they are.
+      angles: ``(N, R)``, or ``(N, heads, R)`` where heads turn differently, with 2 R <= D; channels from 2 R on pass as
+        they are.
       interleaved: pairs are channels (2 i, 2 i + 1); else (i, i + R).
 
     Returns:
       The shape and dtype of ``x``.
     """
-    n, pairs = angles.shape
-    if n != x.shape[-3] or 2 * pairs > x.shape[-1]:
+    pairs = angles.shape[-1]
+    if angles.shape[:-1] not in (x.shape[-3:-2], x.shape[-3:-1]) or 2 * pairs > x.shape[-1]:
         raise ValueError(f"rotary angles of shape {angles.shape} do not fit queries or keys of shape {x.shape}.")
     angles = jnp.asarray(angles, jnp.float32)
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    angles = angles[:, None] if angles.ndim == 2 else angles
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     turned, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
     if interleaved:
         paired = turned.reshape(*turned.shape[:-1], pairs, 2)
