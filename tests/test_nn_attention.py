@@ -196,6 +196,44 @@ def test_with_room_the_state_of_a_stream_changes_its_shape_only_when_the_clip_ha
     assert step._cache_size() == 6  # (1, no past), (3, 2), (1, 8), (1, 16), (1, 32), (7, 32)
 
 
+def masked(shape):
+    return jax.random.bernoulli(jax.random.key(9), 0.7, shape).at[..., 0].set(True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"window": (2, 3)},
+        {"mask": masked((1, 1, 1, 13)), "bias": normal(5, 2, 1, 13, 13)},
+        {"mask": masked((2, 13, 13)), "is_causal": True},
+    ],
+    ids=["plain", "causal", "window", "key mask and bias", "mask and causal"],
+)
+@pytest.mark.parametrize("max_logits", [400, 100, 1])
+def test_blocks_of_queries_give_what_all_at_once_give(options, max_logits):
+    query, key, value = (normal(i, 3, 2, 13, 2, 8) for i in range(3))  # 2028 logits; 13 splits into no equal blocks
+
+    def run(limit):
+        def total(*tensors):
+            y = attend(*tensors, **options, max_logits=limit)
+            return (y * jnp.cos(y)).sum(), y
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+
+    ((_, whole), gradients), ((_, blocks), block_gradients) = run(2**28), run(max_logits)
+    np.testing.assert_allclose(blocks, whole, **CLOSE)
+    chex.assert_trees_all_close(block_gradients, gradients, **CLOSE)
+
+
+def test_a_frame_of_two_thousand_lines_needs_no_square_of_its_tokens():
+    frame = jax.ShapeDtypeStruct((1, 270 * 480, 1, 64), jnp.float32)
+    step = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v).sum(), argnums=(0, 1, 2)))
+    memory = step.lower(frame, frame, frame).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 5 * 2**30  # all logits at once: 63 GiB, and again for their gradient
+
+
 def test_compute_dtype_is_an_attribute():
     x = normal(0, 1, 4, 4, 8)
     y, variables = SpatialAttention(num_heads=2, qk_norm="rms", dtype=jnp.bfloat16).init_with_output(

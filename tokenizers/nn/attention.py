@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,10 @@ Rotate = Callable[[Array], Array]
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
+# Where XLA's attention would make more logits than this, blocks of queries take turns: 1 GiB of float32. A frame of
+# 720 x 1280 pixels at 8 x 8 per latent has 200 million, one of 2160 x 3840 sixteen billion.
+MAX_LOGITS = 2**28
+
 
 def attend(
     query: Array,
@@ -32,6 +37,7 @@ def attend(
     scale: float | None = None,
     window: tuple[int, int] | None = None,
     implementation: str = "auto",
+    max_logits: int = MAX_LOGITS,
 ) -> Array:
     """Softmax attention over `jax.nn.dot_product_attention`; logits and softmax in float32.
 
@@ -47,6 +53,8 @@ def attend(
       implementation: ``"auto"`` is flash attention by cuDNN on NVIDIA GPUs where it serves the case (16 bit types,
         D up to 128 and a multiple of 8, no mask, bias or window, sequence not sharded), and XLA's elsewhere.
         ``"xla"`` and ``"cudnn"`` pin one.
+      max_logits: how many logits XLA's attention may hold at a time on a device, in the backward pass too. The result
+        is the same; more blocks take longer.
 
     Returns:
       ``(..., N, heads, D)`` in the dtype of ``query``.
@@ -55,11 +63,47 @@ def attend(
         raise unknown("attention implementation", implementation, IMPLEMENTATIONS)
     if query.ndim < 4:
         raise ValueError(f"attend needs (batch, tokens, heads, channels); got a query of shape {query.shape}.")
-    run = functools.partial(_attend, mask=mask, bias=bias, is_causal=is_causal, scale=scale, window=window)
+    options = {"mask": mask, "bias": bias, "is_causal": is_causal, "scale": scale, "window": window}
+    cudnn = functools.partial(_attend, **options, implementation="cudnn")
+    xla = functools.partial(_attend_with_xla, **options, max_logits=max_logits)
     if implementation == "auto" and window is None and _flash_serves(query, key, mask, bias):
-        cudnn, xla = (functools.partial(run, implementation=name) for name in ("cudnn", "xla"))
         return jax.lax.platform_dependent(query, key, value, cuda=cudnn, default=xla)
-    return run(query, key, value, implementation="xla" if implementation == "auto" else implementation)
+    return (cudnn if implementation == "cudnn" else xla)(query, key, value)
+
+
+def _attend_with_xla(query, key, value, *, mask, bias, is_causal, scale, window, max_logits):
+    """`_attend` in blocks of queries, so that at most ``max_logits`` are there at a time."""
+    run = functools.partial(_attend, scale=scale, implementation="xla")
+    count, keys = query.shape[-3], key.shape[-3]
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())  # each has its share
+    blocks = min(-(-math.prod(query.shape[:-1]) * keys // (max_logits * devices)), count)
+    if blocks <= 1:
+        return run(query, key, value, mask=mask, bias=bias, is_causal=is_causal, window=window)
+
+    # Block j holds the queries j, j + blocks, ...: a sequence that is split over devices stays so in every block.
+    def split(x, axis):
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, -count % blocks)
+        x = jnp.pad(x, pad)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, blocks, *x.shape[x.ndim + axis + 1 :]), axis, 0)
+
+    per_query = {name: x for name, x in (("mask", mask), ("bias", bias)) if x is not None and x.shape[-2] > 1}
+    shared = {name: x for name, x in (("mask", mask), ("bias", bias)) if name not in per_query}
+
+    @jax.checkpoint
+    def block(inputs):
+        number, some, own = inputs
+        options = shared | own
+        if is_causal or window is not None:
+            before, after = window or (keys, keys)
+            places, of = number + blocks * jnp.arange(some.shape[-3])[:, None], jnp.arange(keys)
+            seen = (of >= places - before) & (of <= places + (0 if is_causal else after))
+            options["mask"] = seen if options["mask"] is None else seen & options["mask"]
+        return run(some, key, value, is_causal=False, window=None, **options)
+
+    parts = {name: split(x, -2) for name, x in per_query.items()}
+    y = jnp.moveaxis(jax.lax.map(block, (jnp.arange(blocks), split(query, -3), parts)), 0, -3)
+    return y.reshape(*query.shape[:-3], -1, *y.shape[-2:])[..., :count, :, :]
 
 
 def _attend(query, key, value, *, mask, bias, is_causal, scale, window, implementation):
