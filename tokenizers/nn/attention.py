@@ -285,10 +285,13 @@ class TemporalAttention(_Attention):
     Attributes:
       causal: frame t sees frames up to t.
       window: of those, the last so many, itself included; ``None`` is all of them. Needs ``causal``.
+      bias: ``(queries, keys) -> (heads, queries, keys)``, added to the logits of the last ``queries`` of ``keys``
+        frames.
     """
 
     causal: bool = True
     window: int | None = None
+    bias: Callable[[int, int], Array] | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, rotate: Rotate | None = None) -> Array:  # (b t h w c) -> (b t h w d)
@@ -308,7 +311,8 @@ class TemporalAttention(_Attention):
         if self.causal and key.shape[-3] > t:
             mask = jnp.arange(key.shape[-3]) <= past + jnp.arange(t)[:, None]
         is_causal = self.causal and mask is None
-        y = attend(query, key, value, mask=mask, is_causal=is_causal, implementation=self.implementation)
+        options = {"mask": mask, "bias": self._bias(query, key), "is_causal": is_causal}
+        y = attend(query, key, value, **options, implementation=self.implementation)
         y = self.merge(y, c)
         return constrain_grid(jnp.moveaxis(y.reshape(b, h, w, t, -1), 3, 1))
 
@@ -357,7 +361,11 @@ class TemporalAttention(_Attention):
             self.put_variable(STREAM, "count", jnp.minimum(count + frames, past))
         at, of = seen + jnp.arange(frames)[:, None], jnp.arange(seen + frames)
         mask = (of <= at) & (of > at - self.window) & (of >= seen - count)
-        return attend(query, key, value, mask=mask, implementation=self.implementation)
+        bias = self._bias(query, key)
+        return attend(query, key, value, mask=mask, bias=bias, implementation=self.implementation)
+
+    def _bias(self, query: Array, key: Array) -> Array | None:
+        return None if self.bias is None else self.bias(query.shape[-3], key.shape[-3])
 
 
 def with_room(stream: Any) -> Any:

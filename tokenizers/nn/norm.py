@@ -1,7 +1,8 @@
 """Normalizations with float32 statistics and an explicit answer to the question over which axes they run.
 
 Group normalization: https://arxiv.org/abs/1803.08494, layer: https://arxiv.org/abs/1607.06450,
-root mean square: https://arxiv.org/abs/1910.07467.
+root mean square: https://arxiv.org/abs/1910.07467. Unit vectors are the queries and keys of cosine attention,
+https://arxiv.org/abs/2010.04245.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class _Affine(nn.Module):
     """Fields and parameters that the norms share.
 
     Attributes:
-      epsilon: added to the variance (or mean square).
+      epsilon: added to the variance (or mean square); the smallest length, in `UnitNorm`.
       use_scale: multiplies with ``scale`` ``(C,)``, float32, initially one.
       use_bias: adds ``bias`` ``(C,)``, float32, initially zero.
       dtype: of the result; ``None`` is that of the input. Statistics are float32 whatever it is.
@@ -112,3 +113,16 @@ class RMSNorm(_Affine):
     def __call__(self, x: Array) -> Array:  # (... c) -> same
         wide = x.astype(jnp.float32)
         return self.finish(wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon), x)
+
+
+class UnitNorm(_Affine):
+    """Division by the Euclidean length over the channels of each position; no bias unless asked for."""
+
+    epsilon: float = 1e-12
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # (... c) -> same
+        wide = x.astype(jnp.float32)
+        square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+        return self.finish(wide * jax.lax.rsqrt(jnp.maximum(square, self.epsilon**2)), x)
