@@ -79,7 +79,7 @@ class Model(nn.Module):
         self.from_codes = nn.Dense(self.width, dtype=self.dtype) if z_channels != self.width else None
 
     def _over_space(self) -> Transformer:
-        attention = functools.partial(SpatialCosineAttention, self.heads, self.head_dim, dtype=self.dtype)
+        attention = functools.partial(SpatialCosineAttention, self.heads, head_dim=self.head_dim, dtype=self.dtype)
         layer = functools.partial(Layer, attention=attention, dtype=self.dtype)
         return Transformer((layer,) * self.spatial_depth, self.remat, self.dtype)
 
@@ -87,9 +87,9 @@ class Model(nn.Module):
         attention = functools.partial(
             TemporalCosineAttention,
             self.heads,
-            self.head_dim,
+            head_dim=self.head_dim,
             window=self.attention_window,
-            bias=functools.partial(alibi, self.heads),
+            bias=functools.partial(alibi, heads=self.heads),
             dtype=self.dtype,
         )
         position = functools.partial(PositionConv, layout=self.layout, dtype=self.dtype)

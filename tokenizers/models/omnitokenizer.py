@@ -68,7 +68,9 @@ class BiasedAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:  # (b t h w c) -> same
         bias = SpatialBias(self.heads, x.shape[-1], name="bias")(*x.shape[2:4])
-        return SpatialCosineAttention(self.heads, self.head_dim, dtype=self.dtype, name="attention")(x, bias=bias)
+        return SpatialCosineAttention(self.heads, head_dim=self.head_dim, dtype=self.dtype, name="attention")(
+            x, bias=bias
+        )
 
 
 class WindowedAttention(nn.Module):
@@ -113,16 +115,18 @@ def _inside(size: tuple[int, int], padded: tuple[int, int], side: int) -> np.nda
 # What tells positions inside a frame besides the convolutions: makes attention of (heads, head_dim, dtype).
 def _rotary(heads: int, head_dim: int, dtype: Any) -> Any:
     angles = functools.partial(axial_angles, head_dim=head_dim)
-    return functools.partial(SpatialCosineAttention, heads, head_dim, angles=angles, dtype=dtype)
+    return functools.partial(SpatialCosineAttention, heads, head_dim=head_dim, angles=angles, dtype=dtype)
 
 
 SPATIAL_POSITIONS = {
     "rotary": _rotary,
     "bias": lambda heads, head_dim, dtype: functools.partial(BiasedAttention, heads, head_dim, dtype=dtype),
-    "none": lambda heads, head_dim, dtype: functools.partial(SpatialCosineAttention, heads, head_dim, dtype=dtype),
+    "none": lambda heads, head_dim, dtype: functools.partial(
+        SpatialCosineAttention, heads, head_dim=head_dim, dtype=dtype
+    ),
 }
 # The same over time: biases of (heads).
-TEMPORAL_POSITIONS = {"alibi": lambda heads: functools.partial(alibi, heads), "none": lambda heads: None}
+TEMPORAL_POSITIONS = {"alibi": lambda heads: functools.partial(alibi, heads=heads), "none": lambda heads: None}
 
 
 # ------------------------------------------------------------------------------------------------------------- pooling
@@ -232,7 +236,7 @@ class Model(nn.Module):
         attention = functools.partial(
             TemporalCosineAttention,
             self.heads,
-            self.head_dim,
+            head_dim=self.head_dim,
             causal=self.causal_attention,
             window=self.attention_window,
             bias=pick("temporal_positions", self.temporal_positions, TEMPORAL_POSITIONS)(self.heads),

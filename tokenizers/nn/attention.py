@@ -285,13 +285,13 @@ class TemporalAttention(_Attention):
     Attributes:
       causal: frame t sees frames up to t.
       window: of those, the last so many, itself included; ``None`` is all of them. Needs ``causal``.
-      bias: ``(queries, keys) -> (heads, queries, keys)``, added to the logits of the last ``queries`` of ``keys``
-        frames.
+      bias: made of how many frames before a query a key lies, int ``(t, keys)`` -> ``(heads, t, keys)``, and added to
+        the logits.
     """
 
     causal: bool = True
     window: int | None = None
-    bias: Callable[[int, int], Array] | None = None
+    bias: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, rotate: Rotate | None = None) -> Array:  # (b t h w c) -> (b t h w d)
@@ -311,7 +311,8 @@ class TemporalAttention(_Attention):
         if self.causal and key.shape[-3] > t:
             mask = jnp.arange(key.shape[-3]) <= past + jnp.arange(t)[:, None]
         is_causal = self.causal and mask is None
-        options = {"mask": mask, "bias": self._bias(query, key), "is_causal": is_causal}
+        bias = self._bias(past + jnp.arange(t)[:, None] - jnp.arange(key.shape[-3]))
+        options = {"mask": mask, "bias": bias, "is_causal": is_causal}
         y = attend(query, key, value, **options, implementation=self.implementation)
         y = self.merge(y, c)
         return constrain_grid(jnp.moveaxis(y.reshape(b, h, w, t, -1), 3, 1))
@@ -361,11 +362,11 @@ class TemporalAttention(_Attention):
             self.put_variable(STREAM, "count", jnp.minimum(count + frames, past))
         at, of = seen + jnp.arange(frames)[:, None], jnp.arange(seen + frames)
         mask = (of <= at) & (of > at - self.window) & (of >= seen - count)
-        bias = self._bias(query, key)
+        bias = self._bias(at - of)
         return attend(query, key, value, mask=mask, bias=bias, implementation=self.implementation)
 
-    def _bias(self, query: Array, key: Array) -> Array | None:
-        return None if self.bias is None else self.bias(query.shape[-3], key.shape[-3])
+    def _bias(self, away: Array) -> Array | None:
+        return None if self.bias is None else self.bias(away)
 
 
 def with_room(stream: Any) -> Any:

@@ -131,10 +131,9 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.concatenate([slopes, between])[:heads].astype(np.float32)
 
 
-def alibi(heads: int, queries: int, keys: int) -> Array:
-    """-slope |i - j| for the last ``queries`` of ``keys`` frames: float32 ``(heads, queries, keys)``."""
-    distance = np.abs(np.arange(keys - queries, keys)[:, None] - np.arange(keys))
-    return jnp.asarray(-alibi_slopes(heads)[:, None, None] * distance, jnp.float32)
+def alibi(away: Array, heads: int) -> Array:
+    """-slope |distance|: distances of frames ``(t, keys)`` -> float32 ``(heads, t, keys)``."""
+    return -jnp.asarray(alibi_slopes(heads))[:, None, None] * jnp.abs(away).astype(jnp.float32)
 
 
 # What a position convolution sees: whether axes are mixed.
