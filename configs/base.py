@@ -108,6 +108,10 @@ def get_base() -> ConfigDict:
     config.loss.vgg_path = ""  # VGG16 weight file for these two; default: $TOKENIZERS_WEIGHTS
     config.loss.flow_weight = 0.0  # difference of optical flow in clips of at least 256 x 256 pixels (Cosmos)
     config.loss.flow_path = ""  # RAFT weight file for it; default: $TOKENIZERS_WEIGHTS
+    config.loss.consistency = ConfigDict()  # clips as overlapping windows whose reconstructions should agree (Cosmos)
+    config.loss.consistency.weight = 0.0
+    config.loss.consistency.frames = 9  # of a window; a clip has frames + n * step
+    config.loss.consistency.step = 4
     config.loss.reduction = "mean"  # mean, logvar
     config.loss.logvar = 0.0  # start of the learned log-variance
     config.loss.bottleneck = ConfigDict()  # weight of each loss term the bottleneck returns

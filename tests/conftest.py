@@ -10,8 +10,13 @@ import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_CHOSEN = os.environ.get("XLA_FLAGS", "")  # comes last: the last one of a flag counts
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {_CHOSEN}"
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    # Eight devices on two busy cores wait long for each other; XLA's 40 seconds would end the process.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+)
+os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))  # the last one of a flag counts
 
 import jax  # noqa: E402
 

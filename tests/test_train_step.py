@@ -8,6 +8,8 @@ import optax
 import pytest
 import tiny_run
 
+from tokenizers.pixels import to_float
+
 LAST = ("conv_out", "kernel")
 
 
@@ -275,3 +277,28 @@ def test_a_learned_log_variance_moves():
     assert float(state.params["objective"]["logvar"]) != 0
     # Sum over a frame of |error| / exp(0) + 0, mean over frames.
     np.testing.assert_allclose(metrics["loss/generator"], metrics["loss/l1"] * 16 * 16 * 3, rtol=1e-5)
+
+
+def test_overlapping_windows_of_a_clip_should_agree():
+    config = tiny_run.get_config("plain")
+    config.model.bottleneck = {"name": "identity"}
+    config.loss.consistency.update({"weight": 0.5, "frames": 3, "step": 2})
+    _, recipe, state, step = tiny_run.parts(config, jax.devices()[:1])
+    x, variables = to_float(pixels(0, frames=7)), {"params": copied(state.params["model"])}
+    parts = [jax.jit(recipe.model.apply)(variables, x[:, start : start + 3]) for start in (0, 2, 4)]
+    shared = [
+        np.mean([np.abs(after[:, 0] - before[:, 2]) for before, after in zip(values[:-1], values[1:], strict=True)])
+        for values in ([part[0] for part in parts], [part[1].latents for part in parts])
+    ]
+    # A frame that two windows show is the mean of both.
+    clip = np.concatenate([part[0] for part in parts], axis=1)
+    clip = np.stack([clip[:, seen].mean(axis=1) for seen in ([0], [1], [2, 3], [4], [5, 6], [7], [8])], axis=1)
+    state, metrics = step(state, pixels(0, frames=7))
+    np.testing.assert_allclose(metrics["loss/l1"], np.abs(clip - x).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/frame_consistency"], shared[0], rtol=1e-4)
+    # Every latent channel stands for 3 * 4 * 4 / 3 values of pixels.
+    np.testing.assert_allclose(metrics["loss/latent_consistency"], 16 * shared[1], rtol=1e-4)
+    total = metrics["loss/l1"] + 0.5 * (metrics["loss/frame_consistency"] + metrics["loss/latent_consistency"])
+    np.testing.assert_allclose(metrics["loss/generator"], total, rtol=1e-5)
+    _, metrics = step(state, pixels(0, frames=1))  # an image has nothing to agree with
+    assert metrics["loss/frame_consistency"] == metrics["loss/latent_consistency"] == 0

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import errors
-from ..losses import alignment, flow, perceptual, reconstruction
+from ..losses import alignment, consistency, flow, perceptual, reconstruction
 from ..networks import foundation, lpips, raft, vgg
 from ..types import Spec
 
@@ -91,6 +91,39 @@ class Alignment:
 
 
 @dataclasses.dataclass(frozen=True)
+class Windows:
+    """Clips enter the network as overlapping windows that should agree (`losses.consistency`); images as they are.
+
+    Attributes:
+      frames: of a window.
+      step: frames between the starts of two neighbours.
+    """
+
+    frames: int
+    step: int
+
+    def cut(self, clip: jax.Array) -> jax.Array:
+        """``(B, T, H, W, C)`` -> ``(B * n, frames, H, W, C)``."""
+        return clip if clip.shape[1] == 1 else consistency.to_windows(clip, self.frames, self.step)
+
+    def join(self, windows: jax.Array, latents: jax.Array, items: int) -> tuple[jax.Array, Metrics]:
+        """The clips ``(items, T, H, W, C)`` of their windows, and how far these disagree on pixels and latents."""
+        count = windows.shape[0] // items
+        if windows.shape[1] == 1:
+            return windows, dict.fromkeys(CONSISTENCY, jnp.zeros((), jnp.float32))
+        shift = self.step // (self.frames // latents.shape[1])
+        scale = consistency.latent_scale(windows.shape, latents.shape)
+        values = (
+            consistency.disagreement(windows, count, self.step),
+            scale * consistency.disagreement(latents, count, shift),
+        )
+        return consistency.from_windows(windows, count, self.step), dict(zip(CONSISTENCY, values, strict=True))
+
+
+CONSISTENCY = ("frame_consistency", "latent_consistency")
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """The loss of the autoencoder without its adversarial part.
 
@@ -101,6 +134,7 @@ class Objective:
       frozen: variables of frozen networks by name; an argument of the jitted step, not constants in it.
       params: initial values of the objective's own parameters.
       alignment: of latents with a frozen network, or ``None``.
+      windows: in which clips enter the network, or ``None``: whole. Their disagreement counts as a bottleneck's losses.
     """
 
     terms: tuple[Term, ...]
@@ -109,6 +143,7 @@ class Objective:
     frozen: Mapping[str, Any]
     params: Mapping[str, Any]
     alignment: Alignment | None = None
+    windows: Windows | None = None
 
     def reconstruction(self, prediction, target, frozen, params) -> tuple[jax.Array, Metrics]:
         """Loss of a reconstruction ``(B, T, H, W, C)`` in [-1, 1] against its target, and its parts."""
@@ -142,7 +177,7 @@ def build(config: Mapping, spec: Spec | None = None) -> Objective:
 
     Args:
       config: ``config.loss``.
-      spec: of the tokenizer; needed where latents are aligned.
+      spec: of the tokenizer; needed where latents are aligned and where windows of clips should agree.
 
     Raises:
       ValueError: for unknown names, and for a frozen network whose weight file is missing.
@@ -168,7 +203,16 @@ def build(config: Mapping, spec: Spec | None = None) -> Objective:
     aligned = None
     if config["alignment"]["network"] is not None:
         aligned, frozen["foundation"], params["alignment"] = _alignment(config["alignment"], spec)
-    return Objective(tuple(terms), reduction, dict(config["bottleneck"]), frozen, params, aligned)
+    windows, weights = _windows(config["consistency"], spec)
+    return Objective(tuple(terms), reduction, {**config["bottleneck"], **weights}, frozen, params, aligned, windows)
+
+
+def _windows(config: Mapping, spec: Spec | None) -> tuple[Windows | None, dict[str, float]]:
+    if not config["weight"]:
+        return None, {}
+    if spec is None or not spec.video:
+        raise ValueError(f"config.loss.consistency is for tokenizers of video; this one has {spec}.")
+    return Windows(config["frames"], config["step"]), dict.fromkeys(CONSISTENCY, config["weight"])
 
 
 def _alignment(config: Mapping, spec: Spec | None) -> tuple[Alignment, Any, dict[str, np.ndarray]]:

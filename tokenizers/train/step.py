@@ -240,7 +240,12 @@ def _forward(recipe: Recipe, params, model_state: Mapping, pixels: jax.Array, rn
     options = {"train": True, "rngs": rngs, "mutable": list(model_state)}
     if transform != Transform():
         options["method"] = functools.partial(_decode_transformed, transform=transform)
-    return apply_to_clips(recipe.model, variables, pixels, **options)
+    windows = recipe.objective.windows
+    if windows is None:
+        return apply_to_clips(recipe.model, variables, pixels, **options)
+    (parts, encoding), state = apply_to_clips(recipe.model, variables, windows.cut(pixels), **options)
+    reconstruction, disagreement = windows.join(parts, encoding.latents, pixels.shape[0])
+    return (reconstruction, encoding.replace(losses=encoding.losses | disagreement)), state
 
 
 def _decode_transformed(model: nn.Module, pixels: jax.Array, train: bool, transform: Transform):
