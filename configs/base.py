@@ -134,7 +134,10 @@ def get_base() -> ConfigDict:
     config.schedules = ConfigDict({"loss": {}, "model": {}})  # by term of loss.bottleneck; by field, e.g. temperature
 
     config.discriminator = ConfigDict()
-    config.discriminator.name = placeholder(str)  # patchgan_2d, patchgan_3d, stylegan_2d; None = no adversarial loss
+    # patchgan_2d, patchgan_3d, stylegan_2d, dino_2d (channels=0: those of the network); None = no adversarial loss
+    config.discriminator.name = placeholder(str)
+    config.discriminator.network = "dinov2_small"  # frozen, of dino_2d: dinov2_small, dinov2_base, dinov2_large
+    config.discriminator.path = ""  # its weight file; default: $TOKENIZERS_WEIGHTS
     config.discriminator.channels = 64
     config.discriminator.layers = 3
     config.discriminator.norm = "batch"  # batch, actnorm, group, none
@@ -142,6 +145,7 @@ def get_base() -> ConfigDict:
     config.discriminator.discriminator_loss = "hinge"
     config.discriminator.start = 0  # first step that trains it
     config.discriminator.generator_start = 0  # first step whose generator sees it
+    config.discriminator.ramp = 0  # steps from there on over which its part in the generator's loss grows to all of it
     config.discriminator.weight = 0.8
     config.discriminator.adaptive = True  # lambda from the gradients at the decoder's last layer (VQGAN)
     config.discriminator.adaptive_max = 1e4

@@ -9,6 +9,8 @@ import pytest
 import tiny_run
 
 from tokenizers.pixels import to_float
+from tokenizers.train import build
+from tokenizers.train.config import to_dict
 
 LAST = ("conv_out", "kernel")
 
@@ -214,6 +216,14 @@ def test_the_discriminator_waits_for_its_start():
     moved = optax.tree.norm(optax.tree.sub(state.params, other.params))
     assert moved > 1e-4  # now it does
     assert np.all(np.isfinite(jax.tree.leaves(jax.tree.map(jnp.sum, state.adversary.ema))))
+
+
+@pytest.mark.parametrize(("ramp", "shares"), [(0, [0, 0, 1, 1, 1, 1]), (4, [0, 0, 0.25, 0.5, 0.75, 1])])
+def test_the_generator_meets_the_discriminator_gradually(ramp, shares):
+    config = adversarial(ramp=ramp)
+    config.discriminator.generator_start = 2
+    adversary = build.recipe(to_dict(config)).adversary
+    np.testing.assert_allclose([adversary.seen(jnp.int32(step)) for step in range(6)], shares)
 
 
 def shared_forward_loss(changes):

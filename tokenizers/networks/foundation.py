@@ -1,4 +1,4 @@
-"""Frozen vision transformers whose features latents are aligned with: DINOv2 and MAE.
+"""Frozen vision transformers that latents are aligned with, or discriminators look through: DINOv2 and MAE.
 
 https://arxiv.org/abs/2304.07193 and https://arxiv.org/abs/2111.06377, as VA-VAE reads them (LightningDiT
 `vavae/ldm/models/foundation_models.py` on timm's models): one vector per 16x16 pixels, from pixels in [-1, 1] without
@@ -30,6 +30,14 @@ Array = jax.Array
 STRIDE = 16  # pixels per feature
 
 FOUNDATION = {
+    "dinov2_small": (
+        {"width": 384, "depth": 12, "heads": 6, "patch": 14, "table": 37, "layer_scale": True},
+        "dinov2_vits14",
+    ),
+    "dinov2_base": (
+        {"width": 768, "depth": 12, "heads": 12, "patch": 14, "table": 37, "layer_scale": True},
+        "dinov2_vitb14",
+    ),
     "dinov2_large": ({"patch": 14, "table": 37, "layer_scale": True}, "dinov2_vitl14"),
     "mae_large": ({"patch": 16, "table": 14, "layer_scale": False}, "mae_vitl16"),
 }
@@ -54,8 +62,19 @@ class VisionTransformer(nn.Module):
     layer_scale: bool = False
     dtype: Any = jnp.float32
 
-    @nn.compact
     def __call__(self, pixels: Array) -> Array:  # (b h w 3) in [-1, 1] -> (b h/16 w/16 width), float32
+        *_, height, width, _ = pixels.shape
+        x = self.tokens(pixels)[0][:, 1:]
+        return x.reshape(x.shape[0], height // STRIDE, width // STRIDE, self.width).astype(jnp.float32)
+
+    @nn.compact
+    def tokens(self, pixels: Array, depths: tuple[int, ...] | None = None) -> tuple[Array, tuple[Array, ...]]:
+        """All tokens ``(B, 1 + n, width)``, that of the class first, and what they were on the way.
+
+        Args:
+          pixels: ``(B, H, W, 3)``.
+          depths: blocks, counted from 0, after which tokens are wanted; those before the first block come first.
+        """
         *_, height, width, _ = pixels.shape
         if pixels.ndim != 4 or height % STRIDE or width % STRIDE:
             raise ValueError(
@@ -69,10 +88,12 @@ class VisionTransformer(nn.Module):
         first = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32)
         x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, self.width)).astype(x.dtype), x], axis=1)
         x = x + self._positions(grid).astype(x.dtype)
+        found = [] if depths is None else [x]
         for i in range(self.depth):
             x = self._block(f"block{i}")(x)
-        x = LayerNorm(epsilon=1e-6, name="norm")(x)[:, 1:]
-        return x.reshape(x.shape[0], *grid, self.width).astype(jnp.float32)
+            if i in (depths or ()):
+                found.append(x)
+        return LayerNorm(epsilon=1e-6, name="norm")(x), tuple(found)
 
     def _positions(self, grid: tuple[int, int]) -> Array:  # (1 1+n c)
         shape = (1, 1 + self.table**2, self.width)

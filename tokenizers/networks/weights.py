@@ -70,6 +70,16 @@ PUBLISHED: dict[str, Published] = {
         ("raft_large_C_T_SKHT_V2-ff5fadd5.pth", "raft_large.pth", "raft_large.safetensors"),
         "torchvision, raft_large_C_T_SKHT_V2-ff5fadd5.pth",
     ),
+    "dinov2_vits14": Published(
+        "DINOv2 ViT-S/14",
+        ("dinov2_vits14_pretrain.pth", "vit_small_patch14_dinov2.lvd142m.safetensors"),
+        "facebookresearch/dinov2 (without registers), or timm's vit_small_patch14_dinov2.lvd142m",
+    ),
+    "dinov2_vitb14": Published(
+        "DINOv2 ViT-B/14",
+        ("dinov2_vitb14_pretrain.pth", "vit_base_patch14_dinov2.lvd142m.safetensors"),
+        "facebookresearch/dinov2 (without registers), or timm's vit_base_patch14_dinov2.lvd142m",
+    ),
     "dinov2_vitl14": Published(
         "DINOv2 ViT-L/14",
         ("dinov2_vitl14_pretrain.pth", "vit_large_patch14_dinov2.lvd142m.safetensors"),

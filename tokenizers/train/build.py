@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from .. import api, errors, loading, pixels, registry
-from ..discriminators import patchgan, stylegan
+from ..discriminators import dino, patchgan, stylegan
 from ..losses import adversarial, balance, equivariance
+from ..networks import foundation
 from ..parallel import platform, rules
 from ..parallel.mesh import batch_parts, replicated
 from ..types import Spec
@@ -23,10 +25,25 @@ from .state import AdversaryState, TrainState, new_state
 from .step import Adversary, Recipe
 
 _NO_DISCRIMINATOR = (None, "", "None")  # the last is what --config.discriminator.name=None gives
+
+
+def _trained(make: Callable) -> Callable:
+    """A discriminator without frozen parts."""
+    return lambda part, dtype: (make(part["channels"], part["layers"], norm=part["norm"], dtype=dtype), None)
+
+
+def _dino(part: Mapping, dtype) -> tuple[dino.DinoDiscriminator, Any]:
+    network, variables = foundation.load(part["network"], part["path"] or None, dtype)
+    shape = {"width": part["channels"], "layers": part["layers"], "norm": part["norm"]}
+    return dino.dino_2d(network, **shape, dtype=dtype), {"weights": variables}
+
+
+# (config.discriminator, compute dtype) -> (module, variables of its frozen network or None)
 _DISCRIMINATORS = {
-    "patchgan_2d": patchgan.patchgan_2d,
-    "patchgan_3d": patchgan.patchgan_3d,
-    "stylegan_2d": stylegan.stylegan_2d,
+    "patchgan_2d": _trained(patchgan.patchgan_2d),
+    "patchgan_3d": _trained(patchgan.patchgan_3d),
+    "stylegan_2d": _trained(stylegan.stylegan_2d),
+    "dino_2d": _dino,
 }
 
 
@@ -40,12 +57,17 @@ def recipe(config: Mapping) -> Recipe:
     name, fields = _model_fields(config)
     optimizer, rate = optim.make(config["optimizer"], config["steps"])
     model = registry.build(name, dtype=dtype, **fields)
+    minimised = objective.build(config["loss"], model.spec)
+    adversary, network = _adversary(config, dtype)
+    if network is not None:  # the step takes all frozen networks as one argument
+        frozen = dict(minimised.frozen) | {adversary.network: network}
+        minimised = dataclasses.replace(minimised, frozen=frozen)
     return Recipe(
         model=model,
-        objective=objective.build(config["loss"], model.spec),
+        objective=minimised,
         optimizer=optimizer,
         learning_rate=rate,
-        adversary=_adversary(config, dtype),
+        adversary=adversary,
         seed=config["seed"],
         ema_decay=config["ema_decay"],
         ema_warmup=config["ema_warmup"],
@@ -72,10 +94,11 @@ def _model_fields(config: Mapping) -> tuple[str, dict[str, Any]]:
     return fields.pop("name"), fields
 
 
-def _adversary(config: Mapping, dtype) -> Adversary | None:
+def _adversary(config: Mapping, dtype) -> tuple[Adversary | None, Any]:
+    """The adversary, and the variables of the frozen network it looks through, if any."""
     part = config["discriminator"]
     if part["name"] in _NO_DISCRIMINATOR:
-        return None
+        return None, None
     make = errors.pick("discriminator", part["name"], _DISCRIMINATORS)
     weighting = balance.constant_weight(part["weight"])
     if part["adaptive"]:
@@ -85,8 +108,9 @@ def _adversary(config: Mapping, dtype) -> Adversary | None:
             f"discriminator.generator_start={part['generator_start']} lies before discriminator.start={part['start']}: "
             "the generator would learn from a discriminator that does not run yet."
         )
-    return Adversary(
-        module=make(part["channels"], part["layers"], norm=part["norm"], dtype=dtype),
+    module, network = make(part, dtype)
+    adversary = Adversary(
+        module=module,
         generator_loss=errors.pick("generator loss", part["generator_loss"], dict(adversarial.GENERATOR)),
         discriminator_loss=errors.pick(
             "discriminator loss", part["discriminator_loss"], dict(adversarial.DISCRIMINATOR)
@@ -103,7 +127,10 @@ def _adversary(config: Mapping, dtype) -> Adversary | None:
         r1_every=part["r1_every"],
         ema_decay=part["ema_decay"],
         fresh_forward=part["fresh_forward"],
+        ramp=part["ramp"],
+        network="" if network is None else "discriminator",
     )
+    return adversary, network
 
 
 def _initializer(config: Mapping, parts: Recipe) -> Callable[[], TrainState]:
@@ -126,6 +153,7 @@ def _adversary_state(config: Mapping, adversary: Adversary | None, key) -> Adver
     example = jnp.zeros((1, max(stream["frames"] for stream in streams), height, width, 3))
     variables = dict(adversary.module.init(key, example))
     params = variables.pop("params")
+    variables.pop("frozen", None)  # an argument of the step, see `recipe`
     return AdversaryState(
         params=params,
         statistics=variables,

@@ -39,6 +39,7 @@ _SMALLEST = {
     "profile.start": 0,
     "profile.steps": 0,
     "discriminator.start": 0,
+    "discriminator.ramp": 0,
     "discriminator.r1_every": 1,
 }
 

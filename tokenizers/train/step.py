@@ -34,6 +34,7 @@ class Adversary:
 
     Attributes:
       module: logits from pixels, ``module(pixels, train)``.
+      network: names the frozen network whose variables it reads as its collection ``frozen``, if any.
       generator_loss: ``fake_logits -> scalar``.
       discriminator_loss: ``(real_logits, fake_logits) -> scalar``.
       optimizer: its own optimizer.
@@ -48,6 +49,7 @@ class Adversary:
       runs: whether this program runs it at all, see `Recipe.at`.
       fresh_forward: run the generator again, with its updated parameters, for the discriminator's loss (VQGAN);
         otherwise the reconstruction of the generator's pass serves both (VidTok).
+      ramp: steps from ``generator_start`` on over which its part in the generator's loss grows from 0 to all of it.
     """
 
     module: nn.Module
@@ -66,6 +68,13 @@ class Adversary:
     ema_decay: float
     fresh_forward: bool
     runs: bool = True
+    ramp: int = 0
+    network: str = ""
+
+    def seen(self, step: jax.Array) -> jax.Array:
+        """How much of the adversarial loss the generator sees at that step, in [0, 1]."""
+        since = step - self.generator_start
+        return jnp.clip((since + 1) / self.ramp, 0, 1) if self.ramp else (since >= 0).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +161,7 @@ def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) ->
         opponent_grads = ()
         if shared:
             opponent_grads, opponent, more = _discriminator_pass(
-                adversary, opponent, state.step, reconstruction, target
+                adversary, opponent, frozen, state.step, reconstruction, target
             )
             metrics |= more
         return (model_state, opponent), (grads, opponent_grads, metrics)
@@ -179,7 +188,9 @@ def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) ->
                     (reconstruction, _), model_state = _forward(
                         recipe, params["model"], model_state, seen, rngs, state.step, draw.latents
                     )
-                grads, opponent, more = _discriminator_pass(adversary, opponent, state.step, reconstruction, target)
+                grads, opponent, more = _discriminator_pass(
+                    adversary, opponent, frozen, state.step, reconstruction, target
+                )
                 return (model_state, opponent), (grads, more)
 
             (model_state, opponent), (opponent_grads, more) = _mean_over_micro_batches(
@@ -290,7 +301,7 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
 
     adversary = recipe.adversary
     if adversary is not None:
-        fooling, cotangent_gan, opponent = _fool(adversary, opponent, reconstruction, target)
+        fooling, cotangent_gan, opponent = _fool(adversary, opponent, frozen, reconstruction, target)
         grads, weight_state = balance.balanced_pull(
             pull_both,
             adversary.weight,
@@ -298,7 +309,7 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
             reconstruction=cotangent,
             gan=cotangent_gan,
             last_layer=f"model/{recipe.model.spec.last_layer}",
-            active=adversary.factor * (state.step >= adversary.generator_start),
+            active=adversary.factor * adversary.seen(state.step),
             auxiliary=regularization,
         )
         opponent = opponent.replace(balance=weight_state)
@@ -323,16 +334,16 @@ def _alignment_weight(aligner, pull, cotangent) -> jax.Array | float:
     return aligner.weight * alignment.adaptive_weight(*gradients)
 
 
-def _fool(adversary: Adversary, opponent: AdversaryState, reconstruction, target):
+def _fool(adversary: Adversary, opponent: AdversaryState, frozen, reconstruction, target):
     """(generator loss, its gradient at the reconstruction, adversary state); zeros while the discriminator waits."""
     if not adversary.runs:
         return jnp.zeros((), jnp.float32), jnp.zeros_like(reconstruction), opponent
 
     def loss(y):
-        logits, fake, statistics = _discriminate(adversary, opponent.params, opponent.statistics, y)
+        logits, fake, statistics = _discriminate(adversary, opponent.params, opponent.statistics, frozen, y)
         value = adversary.generator_loss(logits)
         if adversary.feature_matching_weight:
-            _, real, _ = _discriminate(adversary, opponent.params, opponent.statistics, target)
+            _, real, _ = _discriminate(adversary, opponent.params, opponent.statistics, frozen, target)
             value = value + adversary.feature_matching_weight * adversarial.feature_matching(real, fake)
         return value, statistics
 
@@ -340,27 +351,33 @@ def _fool(adversary: Adversary, opponent: AdversaryState, reconstruction, target
     return value, cotangent, opponent.replace(statistics=statistics)
 
 
-def _discriminate(adversary: Adversary, params, statistics, pixels):
+def _variables(adversary: Adversary, params, statistics, frozen) -> dict[str, Any]:
+    network = {"frozen": whole(frozen[adversary.network])} if adversary.network else {}
+    return {"params": whole(params), **statistics, **network}
+
+
+def _discriminate(adversary: Adversary, params, statistics, frozen, pixels):
     """(logits, hidden features, statistics); what is not used of them costs nothing."""
+    variables = _variables(adversary, params, statistics, frozen)
     (logits, features), new = adversary.module.apply(
-        {"params": whole(params), **statistics}, pixels, train=True, mutable=list(statistics), method="features"
+        variables, pixels, train=True, mutable=list(statistics), method="features"
     )
     return logits.astype(jnp.float32), features, new
 
 
-def _discriminator_pass(adversary: Adversary, opponent: AdversaryState, step, reconstruction, pixels):
+def _discriminator_pass(adversary: Adversary, opponent: AdversaryState, frozen, step, reconstruction, pixels):
     """(gradients, adversary state, metrics) of one micro-batch; zeros while the discriminator waits."""
     real = pixel_values.to_float(pixels)
     fake = jax.lax.stop_gradient(reconstruction)
 
     def loss(params):
-        real_logits, _, statistics = _discriminate(adversary, params, opponent.statistics, real)
-        fake_logits, _, statistics = _discriminate(adversary, params, statistics, fake)
+        real_logits, _, statistics = _discriminate(adversary, params, opponent.statistics, frozen, real)
+        fake_logits, _, statistics = _discriminate(adversary, params, statistics, frozen, fake)
         value = adversary.discriminator_loss(real_logits, fake_logits)
         penalty, lecam = adversarial.lecam_update(opponent.lecam, real_logits, fake_logits, adversary.lecam_decay)
         value = adversary.factor * (value + adversary.lecam_weight * penalty)
         if adversary.r1_weight:
-            value = value + _r1(adversary, params, statistics, real, step)
+            value = value + _r1(adversary, params, statistics, frozen, real, step)
         metrics = {
             "loss/discriminator": value,
             "logits/real": real_logits.mean(),
@@ -375,12 +392,12 @@ def _discriminator_pass(adversary: Adversary, opponent: AdversaryState, step, re
     return grads, opponent.replace(statistics=statistics, lecam=lecam), metrics
 
 
-def _r1(adversary: Adversary, params, statistics, real, step):
+def _r1(adversary: Adversary, params, statistics, frozen, real, step):
     """R1 penalty every ``r1_every`` steps, scaled up by that number (lazy regularization, StyleGAN2)."""
 
     def penalty():
         # Running statistics: with those of the batch its items would influence each other.
-        variables = {"params": whole(params), **statistics}
+        variables = _variables(adversary, params, statistics, frozen)
         return adversarial.r1_penalty(lambda x: adversary.module.apply(variables, x), real)
 
     due = step % adversary.r1_every == 0
