@@ -118,8 +118,8 @@ def _from_file(path: pathlib.Path, model: str | None, fields: Mapping[str, Any])
     return _converted(convert.system(registry.system_of(model)), files.read_state_dict(path), model, fields)
 
 
-def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[str, np.ndarray]) -> Tokenizer:
-    """A tokenizer from the authors' own config and state dict.
+def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[str, np.ndarray]) -> Any:
+    """A `Tokenizer` (or `generators.generator.Generator`) from the authors' own config and state dict.
 
     Args:
       system: name of the system, for example ``vqgan``.
@@ -129,6 +129,10 @@ def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[st
     Raises:
       ValueError: for an unknown system, or a missing, unexpected or misshapen tensor, by name.
     """
+    from .generators import generator
+
+    if system in generator.systems():
+        return generator.from_official(system, config, state_dict)
     table = convert.system(system)
     if hasattr(table, "system_of"):  # one name for several networks
         system = table.system_of(config)
