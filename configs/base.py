@@ -125,7 +125,8 @@ def get_base() -> ConfigDict:
     config.loss.alignment.cosine_margin = 0.0
     config.loss.alignment.distance_weight = 1.0
     config.loss.alignment.distance_margin = 0.0
-    config.loss.equivariance = ConfigDict()  # transformed latents decode to the transformed image (EQ-VAE)
+    # Transformed latents decode to the transformed image (EQ-VAE). Of a codebook: features before quantization.
+    config.loss.equivariance = ConfigDict()
     config.loss.equivariance.probability = 0.0  # of a step that scales and turns latents and target
     config.loss.equivariance.smaller = 0.0  # of the other steps, the share that sees smaller images
     config.loss.equivariance.scales = (0.25, 0.5, 0.75)  # each must lead to whole latents; each is compiled once

@@ -14,6 +14,7 @@ from tokenizers.losses.equivariance import Draw, Equivariance, Transform
 from tokenizers.networks import foundation
 from tokenizers.nn.resample import depth_to_space, space_to_depth
 from tokenizers.quantize.gaussian import DiagonalGaussian
+from tokenizers.quantize.vq import VectorQuantizer
 from tokenizers.train import build, loop, objective
 from tokenizers.train.state import new_state
 from tokenizers.train.step import make_step
@@ -29,7 +30,8 @@ class Patches(nn.Module):
 
     @property
     def spec(self):
-        return registry.build("vavae", latent_channels=4).spec
+        spec = registry.build("vavae", latent_channels=4).spec
+        return dataclasses.replace(spec, codebook_size=self.bottleneck.codebook_size)
 
     def encode(self, pixels, train=False):
         return self.bottleneck(self.to_codes(space_to_depth(pixels, (16, 16))), train)
@@ -102,6 +104,32 @@ def test_a_transformed_step_compares_the_transformed_image():
     assert decoded.shape == (2, 32, 32, 3)
 
 
+def test_of_discrete_tokenizers_the_features_are_transformed():
+    """What is decoded are codes of the codebook, of features scaled and turned before they were quantized."""
+    vq = VectorQuantizer(16, 8, codebook_init=jax.nn.initializers.normal(0.5))
+    config = small_config(probability=1.0, scales=(0.5,))
+    config.model = {"name": "vqgan-imagenet-f16-1024", "widths": (32, 32), "blocks": 1, "attention": ()}
+    config.loss.bottleneck = {"commitment": 1.0, "codebook": 0.25}
+    assert build.recipe(config.to_dict()).equivariance == Equivariance(1.0, 0.0, (0.5,))
+    transform, model = Transform((0.5, 0.5), 1), Patches(vq)
+    recipe = recipe_of(config)
+    recipe = dataclasses.replace(recipe, model=model, equivariance=None, draws=(Draw(latents=transform),) * 2)
+    state = state_of(recipe)
+    _, metrics = jax.jit(make_step(recipe))(state, {}, PIXELS)
+    pixels = jnp.asarray(PIXELS[:, 0] / 127.5 - 1, jnp.float32)
+    variables = {"params": state.params["model"]}
+
+    def by_hand(model):
+        features = model.to_codes(space_to_depth(pixels, (16, 16)))
+        encoding = model.bottleneck(transform(features))
+        return model.decode(encoding.latents), encoding.losses["commitment"]
+
+    decoded, commitment = model.apply(variables, method=by_hand)
+    assert decoded.shape == (2, 32, 32, 3)
+    np.testing.assert_allclose(metrics["loss/l1"], jnp.abs(decoded - transform(pixels)).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/commitment"], commitment, rtol=1e-5)
+
+
 def test_a_run_with_transforms_trains(tmp_path):
     config = small_config(probability=1.0, scales=(0.5,))
     config.model.update({"widths": (32, 32), "blocks": 1, "attention": (), "middle_attention": False})
@@ -154,9 +182,8 @@ def test_alignment_reaches_encoder_and_projection(tiny_foundation, project):
 
 def test_tokenizers_they_are_not_for_are_refused(tiny_foundation):
     config = small_config(probability=0.5)
-    config.model = {"name": "vqgan-imagenet-f16-1024"}
-    config.loss.bottleneck.update({"commitment": 1.0, "codebook": 1.0})
-    with pytest.raises(ValueError, match=r"continuous latents.*1024 codes"):
+    config.model = {"name": "titok-l32"}
+    with pytest.raises(ValueError, match=r"maps of latents.*\(1, 32, 12\)"):
         build.recipe(config.to_dict())
     config = small_config()
     config.loss.alignment.network = "dinov2_large"

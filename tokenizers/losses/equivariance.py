@@ -7,6 +7,7 @@ losses stay as they are. What a step draws decides what they see::
     latents = encode(pixels)
     loss(decode(draw.latents(latents)), draw.latents(pixels))
 
+Of discrete tokenizers it is the features before the bottleneck that are transformed: codes cannot be interpolated.
 The paper compares neither latents nor what is encoded again: that collapses (table 7). Sizes depend on the draw, so it
 is made on the host, by `draw`, before a step is compiled.
 """

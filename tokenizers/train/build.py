@@ -18,7 +18,6 @@ from ..losses import adversarial, balance, equivariance
 from ..networks import foundation
 from ..parallel import platform, rules
 from ..parallel.mesh import batch_parts, replicated
-from ..types import Spec
 from . import objective, optim, schedules
 from .config import write_atomically
 from .state import AdversaryState, TrainState, new_state
@@ -74,17 +73,22 @@ def recipe(config: Mapping) -> Recipe:
         accumulate=config["accumulate"],
         schedules=schedules.build(config["schedules"], model, config["loss"]["bottleneck"]),
         frozen=tuple(config["optimizer"]["frozen"]),
-        equivariance=_equivariance(config["loss"]["equivariance"], model.spec),
+        equivariance=_equivariance(config["loss"]["equivariance"], model),
     )
 
 
-def _equivariance(config: Mapping, spec: Spec) -> equivariance.Equivariance | None:
+def _equivariance(config: Mapping, model) -> equivariance.Equivariance | None:
     if not config["probability"] and not config["smaller"]:
         return None
-    if spec.codebook_size is not None:
+    shape, variables = registry.example_shape(model), registry.abstract_variables(model)
+    latents = jax.eval_shape(
+        lambda v, x: model.apply(v, x, method="encode"), variables, jax.ShapeDtypeStruct(shape, jnp.float32)
+    ).latents.shape
+    sides = model.spec.compression[1:]
+    if len(latents) != len(shape) or latents[-3:-1] != (shape[-3] // sides[0], shape[-2] // sides[1]):
         raise ValueError(
-            "config.loss.equivariance transforms continuous latents; interpolated codes are none of a codebook "
-            f"({spec.codebook_size} codes)."
+            f"config.loss.equivariance transforms maps of latents (.., H, W, D); this tokenizer has latents {latents} "
+            f"of pixels {shape}."
         )
     return equivariance.Equivariance(**(dict(config) | {"scales": tuple(config["scales"])}))
 

@@ -260,8 +260,21 @@ def _forward(recipe: Recipe, params, model_state: Mapping, pixels: jax.Array, rn
 
 
 def _decode_transformed(model: nn.Module, pixels: jax.Array, train: bool, transform: Transform):
-    encoding = model.encode(pixels, train)
-    return model.decode(transform(encoding.latents), train), encoding
+    """Of continuous latents the codes are transformed. Interpolated codes are none of a codebook: of discrete ones it
+    is what the bottleneck reads.
+    """
+    if model.spec.codebook_size is None:
+        encoding = model.encode(pixels, train)
+        return model.decode(transform(encoding.latents), train), encoding
+
+    def before(call, arguments, options, context):
+        if context.module.path == model.bottleneck.path and context.method_name == "__call__":
+            arguments = (transform(arguments[0]), *arguments[1:])
+        return call(*arguments, **options)
+
+    with nn.intercept_methods(before):
+        encoding = model.encode(pixels, train)
+    return model.decode(encoding.latents, train), encoding
 
 
 def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, frozen, pixels, key):
