@@ -19,8 +19,11 @@ def optimizer(**changes) -> ConfigDict:
     config = ConfigDict()
     config.name = "adam"  # adam, adamw
     config.lr = 1e-4
-    config.schedule = "constant"  # constant, cosine, linear
+    config.schedule = "constant"  # constant, cosine, linear, steps
     config.warmup = 0  # steps of linear warm-up
+    config.warmup_from = placeholder(float)  # fraction of lr at its first step; None = 1 / (warmup + 1)
+    config.flat = 0  # steps between warm-up and fall (cosine, linear)
+    config.drops = ()  # steps at which lr falls to a tenth (steps)
     config.end = 0.0  # fraction of lr at the last step (cosine, linear)
     config.b1 = 0.9
     config.b2 = 0.999
@@ -135,7 +138,8 @@ def get_base() -> ConfigDict:
     config.schedules = ConfigDict({"loss": {}, "model": {}})  # by term of loss.bottleneck; by field, e.g. temperature
 
     config.discriminator = ConfigDict()
-    # patchgan_2d, patchgan_3d, stylegan_2d, dino_2d (channels=0: those of the network); None = no adversarial loss
+    # patchgan_2d, patchgan_3d, blur_2d, stylegan_2d, stylegan_3d, dino_2d (channels=0: those of the network); None = no
+    # adversarial loss
     config.discriminator.name = placeholder(str)
     config.discriminator.network = "dinov2_small"  # frozen, of dino_2d: dinov2_small, dinov2_base, dinov2_large
     config.discriminator.path = ""  # its weight file; default: $TOKENIZERS_WEIGHTS
@@ -158,6 +162,7 @@ def get_base() -> ConfigDict:
     config.discriminator.feature_matching_weight = 0.0  # of its hidden features, added to the generator's loss
     config.discriminator.ema_decay = 0.0  # of an average of its parameters, kept in checkpoints; 0 = none
     config.discriminator.fresh_forward = False  # True: the generator runs again, updated, before its turn (VQGAN)
+    config.discriminator.leads = False  # True: its turn comes first, the generator faces it updated (IBQ)
     config.discriminator.optimizer = optimizer()
 
     config.data = data()

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..nn.conv import Conv2d, convolve
+from ..nn.conv import Conv2d, Conv3d, convolve
+from ..nn.resample import average_pool
 from ..parallel.constrain import constrain
 
 Array = jax.Array
 
 _AXES = ("batch", "height", "width", "channel")
+_CLIP_AXES = ("batch", "time", "height", "width", "channel")
 _BLUR = np.outer([1.0, 3.0, 3.0, 1.0], [1.0, 3.0, 3.0, 1.0]).astype(np.float32) / 64
 _SMALLEST = 4
 
@@ -96,6 +98,58 @@ class StyleDiscriminator(nn.Module):
         return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
 
 
+class StyleDiscriminator3d(nn.Module):
+    """The same for clips, as MAGVIT trains with it: every block halves time, height and width, sizes rounded up.
+
+    Yu et al., https://arxiv.org/abs/2212.05199, appendix A.1; google-research/magvit `stylegan_discriminator_3d.py`.
+
+    Attributes:
+      width: channels of the first convolution.
+      multipliers: of the width behind each block.
+      dtype: compute dtype; parameters and logits are float32.
+    """
+
+    width: int = 64
+    multipliers: tuple[int, ...] = (2, 4, 4, 4, 4)
+    dtype: Any = jnp.float32
+
+    def __call__(self, pixels: Array, train: bool = False) -> Array:
+        """Clips ``(B, T, H, W, C)`` of one fixed size, in [-1, 1] -> ``(B, 1)``."""
+        return self.features(pixels, train)[0]
+
+    @nn.compact
+    def features(self, pixels: Array, train: bool = False) -> tuple[Array, tuple[Array, ...]]:
+        """Like a call, and the output of every block too: (logits, features)."""
+        if pixels.ndim != 5:
+            raise ValueError(f"a 3D discriminator takes pixels (B, T, H, W, C), got shape {pixels.shape}.")
+        x = (constrain(pixels, *_CLIP_AXES).astype(self.dtype) + 1) / 2  # the authors' clips are in [0, 1]
+        x = _activate(self._conv(self.width, 3, "conv_in")(x))
+        found = []
+        for block, multiplier in enumerate(self.multipliers):
+            y = mean_down_3d(_activate(self._conv(x.shape[-1], 3, f"block{block}_conv1")(x)))
+            y = _activate(self._conv(self.width * multiplier, 3, f"block{block}_conv2")(y))
+            skip = self._conv(self.width * multiplier, 1, f"block{block}_skip", use_bias=False)(mean_down_3d(x))
+            x = constrain((skip + y) / math.sqrt(2), *_CLIP_AXES)
+            found.append(x)
+        widest = x.shape[-1]
+        x = _activate(self._conv(widest, 3, "conv_out")(x))
+        x = _activate(self._dense(widest, "dense1")(x.reshape(x.shape[0], -1)))
+        return self._dense(1, "dense2")(x).astype(jnp.float32), tuple(found)
+
+    def _conv(self, features: int, kernel_size: int, name: str, use_bias: bool = True) -> Conv3d:
+        init = nn.initializers.xavier_uniform()
+        return Conv3d(features, kernel_size, use_bias=use_bias, dtype=self.dtype, kernel_init=init, name=name)
+
+    def _dense(self, features: int, name: str) -> nn.Dense:
+        return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+
+
+def mean_down_3d(x: Array) -> Array:
+    """Half of time, height and width through means of 2 x 2 x 2 values; of those that are there at an odd end."""
+    pads = [(0, size % 2) for size in x.shape[1:-1]]
+    return average_pool(jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="edge"), (2, 2, 2))
+
+
 def _activate(x: Array) -> Array:
     return nn.leaky_relu(x, 0.2)
 
@@ -112,3 +166,17 @@ def stylegan_2d(width: int = 64, layers: int = 0, norm: str = "none", dtype: Any
     if layers != 0 or norm != "none":
         raise ValueError(f"stylegan_2d has no norm and as many layers as the size asks for; got {layers=}, {norm=}.")
     return StyleDiscriminator(width, dtype=dtype)
+
+
+def stylegan_3d(width: int = 64, layers: int = 5, norm: str = "none", dtype: Any = jnp.float32) -> StyleDiscriminator3d:
+    """The discriminator of MAGVIT.
+
+    Args:
+      width: channels of the first convolution.
+      layers: number of blocks: the first doubles the channels, the second quadruples them.
+      norm: ``none``.
+      dtype: compute dtype.
+    """
+    if layers < 1 or norm != "none":
+        raise ValueError(f"stylegan_3d has no norm and at least one block; got {layers=}, {norm=}.")
+    return StyleDiscriminator3d(width, (2, *(4,) * (layers - 1)), dtype)

@@ -14,6 +14,8 @@ from .gradients import straight_through
 
 Array = jax.Array
 
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 # Weight of channel d of D in the index. "little": channel 0 is the least significant bit (Open-MAGVIT2);
 # "big": it is the most significant one (vector-quantize-pytorch, BSQ).
 BIT_ORDERS = {"little": lambda bits: 2 ** np.arange(bits), "big": lambda bits: 2 ** np.arange(bits)[::-1]}
@@ -36,7 +38,8 @@ class LFQ(nn.Module):
       entropy: form of the entropy terms (``entropy.FORMS``): ``smoothed`` for MAGVIT and Open-MAGVIT2, ``clamped`` for
         vector-quantize-pytorch; None leaves them out.
       inverse_temperature: of the entropy terms; 100 in every release.
-      entropy_chunk_size: positions of the global batch handled at once by the entropy terms.
+      entropy_chunk_size: positions of the global batch handled at once by the entropy terms in the forms other than
+        ``smoothed``, which needs no array of positions x 2^bits.
       entropy_group_bits: take the entropies over groups of that many channels and add them up (BSQ, equation 9), which
         costs D / g * 2^g codes in place of 2^D; the default is one group. The sample term is the same but for the 1e-5.
     """
@@ -112,6 +115,9 @@ class LFQ(nn.Module):
 
     def _entropies(self, z: Array) -> tuple[Array, Array]:
         group = self.entropy_group_bits or self.bits
+        if self.entropy == "smoothed":
+            parts = [self._factorized(z[..., first : first + group]) for first in range(0, self.bits, group)]
+            return sum(sample for sample, _ in parts), sum(mean for _, mean in parts)
         codebook = self._corners(jnp.arange(2**group, dtype=jnp.int32), group)
         scale = 2.0 * self.inverse_temperature
         terms = [
@@ -119,6 +125,24 @@ class LFQ(nn.Module):
             for first in range(0, self.bits, group)
         ]
         return sum(sample for sample, _ in terms), sum(mean for _, mean in terms)
+
+    def _factorized(self, z: Array) -> tuple[Array, Array]:
+        """The two entropies of ``z (..., g)`` without an array of positions x 2^g.
+
+        The choice of a corner is one of its bits, each by itself: the entropy of a position is a sum over bits, and its
+        probabilities are the outer product of those of two halves, so that their mean over positions is one product of
+        two (positions, 2^(g/2)) matrices.
+        """
+        rows = z.reshape(-1, z.shape[-1])
+        scale = 2.0 * self.inverse_temperature
+        sample = jnp.mean(jnp.sum(_bit_entropy(2.0 * self.scale * scale * rows), axis=-1))
+        half = rows.shape[-1] // 2
+        first, second = (
+            jax.nn.softmax(scale * jnp.matmul(part, self._corners(jnp.arange(2**bits), bits).T, precision=_HIGHEST))
+            for part, bits in ((rows[:, :half], half), (rows[:, half:], rows.shape[-1] - half))
+        )
+        mean = jnp.matmul(first.T, second, precision=_HIGHEST) / rows.shape[0]
+        return sample, FORMS["smoothed"].mean(mean.reshape(-1))
 
     def _basis(self, bits: int) -> np.ndarray:
         return BIT_ORDERS[self.bit_order](bits).astype(np.int32)
@@ -130,6 +154,13 @@ class LFQ(nn.Module):
     def _check(self, shape: tuple[int, ...]):
         if shape[-1] != self.bits:
             raise ValueError(f"LFQ with {self.bits} bits needs {self.bits} channels, got shape {shape}.")
+
+
+def _bit_entropy(logit: Array) -> Array:
+    """Entropy in nats of a bit whose two values differ by that logit: exact where it nearly vanishes."""
+    size = jnp.abs(logit)
+    rest = jnp.exp(-size)
+    return jnp.log1p(rest) + size * rest / (1.0 + rest)
 
 
 def soft_clamp(z: Array, limit: float) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from .. import api, errors, loading, pixels, registry
-from ..discriminators import dino, patchgan, stylegan
+from ..discriminators import blur, dino, patchgan, stylegan
 from ..losses import adversarial, balance, equivariance
 from ..networks import foundation
 from ..parallel import platform, rules
@@ -41,7 +41,9 @@ def _dino(part: Mapping, dtype) -> tuple[dino.DinoDiscriminator, Any]:
 _DISCRIMINATORS = {
     "patchgan_2d": _trained(patchgan.patchgan_2d),
     "patchgan_3d": _trained(patchgan.patchgan_3d),
+    "blur_2d": _trained(blur.blur_2d),
     "stylegan_2d": _trained(stylegan.stylegan_2d),
+    "stylegan_3d": _trained(stylegan.stylegan_3d),
     "dino_2d": _dino,
 }
 
@@ -107,6 +109,8 @@ def _adversary(config: Mapping, dtype) -> tuple[Adversary | None, Any]:
     weighting = balance.constant_weight(part["weight"])
     if part["adaptive"]:
         weighting = balance.adaptive_weight(part["weight"], maximum=part["adaptive_max"])
+    if part["leads"] and part["fresh_forward"]:
+        raise ValueError("discriminator.leads and discriminator.fresh_forward exclude each other: first or second.")
     if part["generator_start"] < part["start"]:
         raise ValueError(
             f"discriminator.generator_start={part['generator_start']} lies before discriminator.start={part['start']}: "
@@ -131,6 +135,7 @@ def _adversary(config: Mapping, dtype) -> tuple[Adversary | None, Any]:
         r1_every=part["r1_every"],
         ema_decay=part["ema_decay"],
         fresh_forward=part["fresh_forward"],
+        leads=part["leads"],
         ramp=part["ramp"],
         network="" if network is None else "discriminator",
     )

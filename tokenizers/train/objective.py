@@ -239,3 +239,9 @@ def _alignment(config: Mapping, spec: Spec | None) -> tuple[Alignment, Any, dict
 def _with(loss: Callable, module) -> TermFunction:
     """A perceptual loss of a network whose variables come as an argument."""
     return lambda prediction, target, variables: loss(module, variables)(prediction, target)
+
+
+def psnr(prediction, target) -> jax.Array:
+    """Mean PSNR in dB of the items, values clipped to [-1, 1]."""
+    error = jnp.square(jnp.clip(prediction, -1, 1) - target).mean(axis=tuple(range(1, target.ndim)))
+    return jnp.mean(10 * jnp.log10(4.0 / jnp.maximum(error, 1e-10)))

@@ -15,23 +15,31 @@ from ..parallel.rules import path_name
 
 
 def schedule(config: Mapping, steps: int) -> optax.Schedule:
-    """Learning rate over the run: linear warm-up, then ``constant``, ``cosine`` or ``linear`` to ``lr * end``.
+    """Learning rate over the run: linear warm-up, then ``constant``, ``steps``, or ``cosine`` or ``linear`` to an end.
 
     Args:
-      config: ``lr``, ``warmup`` (steps), ``schedule``, ``end`` (fraction of ``lr`` reached at the last step).
+      config: ``lr``, ``warmup`` (steps), ``warmup_from`` (fraction of ``lr`` at the first step; ``None`` is one step of
+        the way), ``schedule``, ``flat`` (steps behind the warm-up before the fall of cosine and linear), ``end``
+        (fraction of ``lr`` reached at the last step), ``drops`` (steps at which it falls to a tenth, for ``steps``).
       steps: length of the run.
     """
-    lr, warmup, end = config["lr"], config["warmup"], config["end"]
-    rest = max(steps - warmup, 1)
+    lr, warmup, end, flat = config["lr"], config["warmup"], config["end"], config["flat"]
+    if (config["schedule"] == "steps") != bool(config["drops"]):
+        raise ValueError(f"drops={tuple(config['drops'])} go with schedule='steps', not {config['schedule']!r}.")
+    rest = max(steps - warmup - flat, 1)
     kinds = {
         "constant": optax.constant_schedule(lr),
+        "steps": optax.piecewise_constant_schedule(lr, {int(step) - warmup: 0.1 for step in config["drops"]}),
         "cosine": optax.cosine_decay_schedule(lr, rest, alpha=end),
         "linear": optax.linear_schedule(lr, lr * end, rest),
     }
     after = errors.pick("learning-rate schedule", config["schedule"], kinds)
+    if flat and config["schedule"] in ("cosine", "linear"):
+        after = optax.join_schedules([optax.constant_schedule(lr), after], [flat])
     if not warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(lr / (warmup + 1), lr, warmup), after], [warmup])
+    start = lr / (warmup + 1) if config["warmup_from"] is None else lr * config["warmup_from"]
+    return optax.join_schedules([optax.linear_schedule(start, lr, warmup), after], [warmup])
 
 
 def _adam(config, rate):
@@ -72,7 +80,7 @@ def make(config: Mapping, steps: int) -> tuple[optax.GradientTransformation, opt
     make_step = errors.pick("optimizer", config["name"], OPTIMIZERS)
     if config["weight_decay"] and config["name"] != "adamw":
         raise ValueError(f"weight_decay={config['weight_decay']} needs optimizer 'adamw', not {config['name']!r}.")
-    for name in ("lr", "clip", "weight_decay", "warmup", "end"):
+    for name in ("lr", "clip", "weight_decay", "warmup", "flat", "end"):
         if config[name] < 0:
             raise ValueError(f"optimizer.{name}={config[name]} must be at least 0.")
     rate = schedule(config, steps)

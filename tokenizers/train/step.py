@@ -23,7 +23,7 @@ from ..losses import adversarial, alignment, balance, equivariance
 from ..losses.equivariance import Draw, Equivariance, Transform
 from ..parallel.constrain import constrain, whole
 from . import optim
-from .objective import Metrics, Objective
+from .objective import Metrics, Objective, psnr
 from .schedules import Schedules
 from .state import AdversaryState, TrainState
 
@@ -46,9 +46,10 @@ class Adversary:
       feature_matching_weight: of the distance of its hidden features, added to ``generator_loss``.
       r1_weight, r1_every: gradient penalty on real pixels, every so many steps; weight 0 leaves it out.
       ema_decay: of an average of its parameters; 0 keeps none.
-      runs: whether this program runs it at all, see `Recipe.at`.
       fresh_forward: run the generator again, with its updated parameters, for the discriminator's loss (VQGAN);
         otherwise the reconstruction of the generator's pass serves both (VidTok).
+      leads: its turn comes first, and the generator's pass faces the updated discriminator (IBQ).
+      runs: whether this program runs it at all, see `Recipe.at`.
       ramp: steps from ``generator_start`` on over which its part in the generator's loss grows from 0 to all of it.
     """
 
@@ -67,6 +68,7 @@ class Adversary:
     r1_every: int
     ema_decay: float
     fresh_forward: bool
+    leads: bool = False
     runs: bool = True
     ramp: int = 0
     network: str = ""
@@ -149,7 +151,12 @@ def _split(pixels: jax.Array, parts: int) -> jax.Array:
 
 
 def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) -> tuple[TrainState, Metrics]:
-    adversary, shared = recipe.adversary, recipe.adversary is not None and not recipe.adversary.fresh_forward
+    adversary, opponent, led = recipe.adversary, state.adversary, {}
+    shared = adversary is not None and not adversary.fresh_forward and not adversary.leads
+    model = state.params["model"], state.model_state
+    if adversary is not None and adversary.leads:  # the forward pass is the generator's: compiled, it is one
+        options = {"key": key, "draw": recipe.draws[0]}
+        _, opponent, led = _own_turn(recipe, *model, opponent, frozen, state.step, micro, **options)
 
     def generate(carry, inputs):
         """Gradients of one micro-batch; the discriminator's too where both learn from the same reconstruction."""
@@ -166,45 +173,45 @@ def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) ->
             metrics |= more
         return (model_state, opponent), (grads, opponent_grads, metrics)
 
-    carry, (grads, opponent_grads, metrics) = _mean_over_micro_batches(
-        generate, (state.model_state, state.adversary), micro
-    )
+    carry, (grads, opponent_grads, metrics) = _mean_over_micro_batches(generate, (state.model_state, opponent), micro)
     model_state, opponent = carry
     updates, optimizer = recipe.optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics["grad_norm/generator"] = optax.tree.norm(grads)
 
-    if adversary is not None:
-        if adversary.fresh_forward:
-
-            def oppose(carry, inputs):
-                model_state, opponent = carry
-                pixels, index = inputs
-                rngs = _rngs(jax.random.fold_in(key, recipe.accumulate + index))
-                draw = recipe.draws[1]
-                seen = draw.pixels(pixel_values.to_float(pixels))
-                target = reconstruction = draw.latents(seen)
-                if adversary.runs:
-                    (reconstruction, _), model_state = _forward(
-                        recipe, params["model"], model_state, seen, rngs, state.step, draw.latents
-                    )
-                grads, opponent, more = _discriminator_pass(
-                    adversary, opponent, frozen, state.step, reconstruction, target
-                )
-                return (model_state, opponent), (grads, more)
-
-            (model_state, opponent), (opponent_grads, more) = _mean_over_micro_batches(
-                oppose, (model_state, opponent), micro
-            )
-            metrics |= more
+    if shared:
         opponent = _discriminator_update(recipe, opponent, opponent_grads, state.step)
-        metrics["grad_norm/discriminator"] = optax.tree.norm(opponent_grads)
+        led = {"grad_norm/discriminator": optax.tree.norm(opponent_grads)}
+    elif adversary is not None and adversary.fresh_forward:
+        updated, options = (params["model"], model_state), {"first_key": recipe.accumulate, "draw": recipe.draws[1]}
+        model_state, opponent, led = _own_turn(
+            recipe, *updated, opponent, frozen, state.step, micro, key=key, **options
+        )
+    metrics |= led
 
     ema = optim.ema_update(state.ema, params["model"], recipe.ema_decay, state.step, recipe.ema_warmup)
-    return (
-        state.replace(params=params, model_state=model_state, ema=ema, optimizer=optimizer, adversary=opponent),
-        metrics,
-    )
+    new = {"params": params, "model_state": model_state, "ema": ema, "optimizer": optimizer, "adversary": opponent}
+    return state.replace(**new), metrics
+
+
+def _own_turn(recipe: Recipe, params, model_state, opponent, frozen, step, micro, *, key, draw, first_key=0):
+    """(model state, adversary state, metrics): the discriminator learns from a forward pass of its own."""
+    adversary = recipe.adversary
+
+    def oppose(carry, inputs):
+        model_state, opponent = carry
+        pixels, index = inputs
+        rngs = _rngs(jax.random.fold_in(key, first_key + index))
+        seen = draw.pixels(pixel_values.to_float(pixels))
+        target = reconstruction = draw.latents(seen)
+        if adversary.runs:
+            (reconstruction, _), model_state = _forward(recipe, params, model_state, seen, rngs, step, draw.latents)
+        grads, opponent, metrics = _discriminator_pass(adversary, opponent, frozen, step, reconstruction, target)
+        return (model_state, opponent), (grads, metrics)
+
+    (model_state, opponent), (grads, metrics) = _mean_over_micro_batches(oppose, (model_state, opponent), micro)
+    opponent = _discriminator_update(recipe, opponent, grads, step)
+    return model_state, opponent, metrics | {"grad_norm/discriminator": optax.tree.norm(grads)}
 
 
 def _mean_over_micro_batches(body, carry, micro: jax.Array):
@@ -305,7 +312,7 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
     weight = _alignment_weight(objective.alignment, pull, cotangent)
     metrics = {f"loss/{name}": part for name, part in (parts | bottleneck).items()}
     metrics["loss/generator"] = value + regularization + weight * aligned
-    metrics["psnr"] = _psnr(reconstruction, target)
+    metrics["psnr"] = psnr(reconstruction, target)
     if objective.alignment is not None:
         metrics |= {"loss/alignment": aligned, "alignment_weight": weight}
 
@@ -427,9 +434,3 @@ def _discriminator_update(recipe: Recipe, opponent: AdversaryState, grads, step)
     if adversary.ema_decay:
         ema = optim.ema_update(ema, params, adversary.ema_decay, step - adversary.start, recipe.ema_warmup)
     return opponent.replace(params=params, optimizer=optimizer, ema=ema)
-
-
-def _psnr(prediction, target) -> jax.Array:
-    """Mean PSNR in dB of the items, values clipped to [-1, 1]."""
-    error = jnp.square(jnp.clip(prediction, -1, 1) - target).mean(axis=tuple(range(1, target.ndim)))
-    return jnp.mean(10 * jnp.log10(4.0 / jnp.maximum(error, 1e-10)))
