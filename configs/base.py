@@ -108,6 +108,8 @@ def get_base() -> ConfigDict:
     config.loss.perceptual_path = ""  # weight file; default: $TOKENIZERS_WEIGHTS
     config.loss.content_weight = 0.0  # difference of VGG16 features (Cosmos)
     config.loss.gram_weight = 0.0  # difference of their Gram matrices: texture, style
+    # Of VGG16's relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 in these two (Cosmos's); 0 leaves a layer out.
+    config.loss.vgg_layers = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
     config.loss.vgg_path = ""  # VGG16 weight file for these two; default: $TOKENIZERS_WEIGHTS
     config.loss.flow_weight = 0.0  # difference of optical flow in clips of at least 256 x 256 pixels (Cosmos)
     config.loss.flow_path = ""  # RAFT weight file for it; default: $TOKENIZERS_WEIGHTS

@@ -30,13 +30,22 @@ def vgg16():
 
 def test_content_and_gram_terms_are_those_of_the_loss_functions(vgg16, monkeypatch):
     monkeypatch.setattr(vgg, "load", lambda path=None: vgg16)
-    built = objective.build(loss_config(content_weight=0.5, gram_weight=2.0))
+    layers = (0.0, 1.0, 0.0, 0.5, 0.0)
+    built = objective.build(loss_config(content_weight=0.5, gram_weight=2.0, vgg_layers=layers))
     loss = jax.jit(lambda p, t, frozen: built.reconstruction(p, t, frozen, {}))
     total, parts = loss(PREDICTION, TARGET, dict(built.frozen))
-    content = perceptual.content_loss(*vgg16)(PREDICTION, TARGET)
-    gram = perceptual.gram_loss(*vgg16)(PREDICTION, TARGET)
+    content = perceptual.content_loss(*vgg16, layers)(PREDICTION, TARGET)
+    gram = perceptual.gram_loss(*vgg16, layers)(PREDICTION, TARGET)
     chex.assert_trees_all_close((parts["content"], parts["gram"]), (content, gram), rtol=1e-5)
     np.testing.assert_allclose(total, parts["l1"] + 0.5 * content + 2.0 * gram, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [(1.0, 1.0), (0.0,) * 5, (1.0, -1.0, 0.0, 0.0, 0.0)])
+def test_layers_of_vgg_are_five_weights(layers, vgg16, monkeypatch):
+    assert tuple(base.get_base().loss.vgg_layers) == perceptual.COSMOS_LAYER_WEIGHTS
+    monkeypatch.setattr(vgg, "load", lambda path=None: vgg16)
+    with pytest.raises(ValueError, match="vgg_layers=.* must be 5 numbers"):
+        objective.build(loss_config(gram_weight=1.0, vgg_layers=layers))
 
 
 @pytest.mark.parametrize("changes", [{"perceptual": "lpips_vgg"}, {"gram_weight": 1.0}])

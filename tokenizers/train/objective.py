@@ -191,8 +191,15 @@ def build(config: Mapping, spec: Spec | None = None) -> Objective:
         terms.append(Term("lpips", config["perceptual_weight"], _with(perceptual.lpips_loss, distance), "lpips"))
     if config["content_weight"] or config["gram_weight"]:
         features, frozen["vgg"] = vgg.load(config["vgg_path"] or None)
-        terms.append(Term("content", config["content_weight"], _with(perceptual.content_loss, features), "vgg"))
-        terms.append(Term("gram", config["gram_weight"], _with(perceptual.gram_loss, features), "vgg"))
+        layers = tuple(config["vgg_layers"])
+        if len(layers) != len(perceptual.COSMOS_LAYER_WEIGHTS) or min(layers) < 0 or not any(layers):
+            raise ValueError(
+                f"config.loss.vgg_layers={layers} must be {len(perceptual.COSMOS_LAYER_WEIGHTS)} numbers of at least "
+                "0, not all of them 0."
+            )
+        for name, loss in (("content", perceptual.content_loss), ("gram", perceptual.gram_loss)):
+            weighted = functools.partial(loss, layer_weights=layers)
+            terms.append(Term(name, config[f"{name}_weight"], _with(weighted, features), "vgg"))
     if config["flow_weight"]:
         motion, frozen["raft"] = raft.load(config["flow_path"] or None)
         # Statistics of the batch in its norms, as in the authors' training.
