@@ -1,6 +1,7 @@
 """MaskGIT's VQGAN against the JAX original and its PyTorch port: tokens, pixels, gradients, losses, names."""
 
 import functools
+from unittest import mock
 
 import chex
 import jax
@@ -11,7 +12,7 @@ import refweights
 from reference import Case, cases, relative_l2
 
 import tokenizers
-from tokenizers import registry
+from tokenizers import quantize, registry
 from tokenizers.convert import engine, maskgit_vqgan
 from tokenizers.quantize.vq import VectorQuantizer
 
@@ -111,7 +112,8 @@ def thinned(value, stored):
 
 
 @pytest.mark.parametrize("name", cases("maskgit_vqgan", "jax_small|jax_full_32"))
-def test_training_losses_are_those_of_the_original(name):
+@pytest.mark.parametrize(("kind", "form"), [("softmax", "smoothed"), ("argmax", "smoothed_argmax")])
+def test_training_losses_are_those_of_the_original(name, kind, form):
     """Commitment, codebook and entropy, and the gradients of their weighted sum."""
     case = Case("maskgit_vqgan", name)
     config, expected = case.meta["config"]["jax"]["vqvae"], case.outputs
@@ -119,7 +121,7 @@ def test_training_losses_are_those_of_the_original(name):
     z = refweights.uniform(entry["seed_name"], tuple(entry["shape"])) * np.float32(entry.get("post", "x*1")[2:])
     codebook = case.weights("quantize.")["embedding.weight"]
     inverse = 1 / config["entropy_temperature"]
-    vq = VectorQuantizer(*codebook.shape, entropy="smoothed", inverse_temperature=inverse)
+    vq = VectorQuantizer(*codebook.shape, entropy=form, inverse_temperature=inverse)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
@@ -133,9 +135,33 @@ def test_training_losses_are_those_of_the_original(name):
     (total, (parts, indices)), (of_z, of_codebook) = objective(z, codebook)
     np.testing.assert_array_equal(indices, expected["vq_train_indices"])
     # Distances are multiplied by up to 100 before the softmax. Observed: 2e-6.
-    np.testing.assert_allclose([total, *parts], expected["vq_losses_softmax"], rtol=OUTPUT, atol=1e-6)
-    for value, key in ((of_z, "vq_grad_z_softmax"), (of_codebook, "vq_grad_codebook_softmax")):
+    np.testing.assert_allclose([total, *parts], expected[f"vq_losses_{kind}"], rtol=OUTPUT, atol=1e-6)
+    for value, key in ((of_z, f"vq_grad_z_{kind}"), (of_codebook, f"vq_grad_codebook_{kind}")):
         assert relative_l2(thinned(np.asarray(value), expected[key]), expected[key]) < GRADIENT, key
+
+
+@pytest.mark.parametrize("name", cases("maskgit_vqgan", "jax_small|jax_full_32"))
+def test_gumbel_codes_are_those_of_the_original(name):
+    """GumbelVQ: mixtures of codes while training, at the noise and temperature of the case; the nearest code after."""
+    case = Case("maskgit_vqgan", name)
+    config = case.meta["config"]["jax"]["vqvae"]
+    entry, noise = case.meta["inputs"]["z"], case.meta["inputs"]["gumbel_u"]
+    z = refweights.uniform(entry["seed_name"], tuple(entry["shape"])) * np.float32(entry.get("post", "x*1")[2:])
+    u = np.clip((refweights.uniform(noise["seed_name"], tuple(noise["shape"])) + 1) / 2, 1e-6, 1 - 1e-6)
+    fields = maskgit_vqgan.fields_from_official({"vqvae": config | {"quantizer": "gumbel"}})
+    bottleneck = quantize.create(**fields["bottleneck"])
+    variables = {"params": {"embedding": jnp.asarray(case.weights("quantize.")["embedding.weight"])}}
+    with mock.patch.object(jax.random, "gumbel", return_value=jnp.asarray(-np.log(-np.log(u)))):
+        rngs = {"bottleneck": jax.random.key(0)}
+        encoding = bottleneck.apply(variables, z, train=True, temperature=0.7, rngs=rngs)
+    expected = case.outputs["gumbel_vq"]
+    assert relative_l2(thinned(np.asarray(encoding.latents), expected), expected) < OUTPUT
+    np.testing.assert_array_equal(bottleneck.apply(variables, z).indices, case.outputs["vq_train_indices"])
+    if name == "jax_small":
+        module = registry.build("maskgit_vqgan", **fields)
+        paths = engine.flatten(registry.abstract_variables(module))
+        flax = maskgit_vqgan.TABLE(tuple(paths), ("quantizer/codebook",))
+        assert engine.official_names(flax, paths)["params/bottleneck/embedding"] == "quantizer/codebook"
 
 
 @pytest.mark.parametrize("name", cases("maskgit_vqgan", "jax_small|jax_full_32"))
@@ -183,7 +209,7 @@ def test_released_size_is_that_of_both_configs():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"vqvae": ORIGINAL | {"quantizer": "gumbel"}}, "quantizer of vqvae 'gumbel'.*'vq'"),
+        ({"vqvae": ORIGINAL | {"quantizer": "fsq"}}, "quantizer of vqvae 'fsq'.*'vq', 'gumbel'"),
         ({"vqvae": ORIGINAL | {"conv_downsample": True}}, "conv_downsample"),
         ({"vqvae": ORIGINAL | {"norm_type": "BN"}}, "norm_type of vqvae 'BN'"),
         ({"encoder_decoder": NETWORK | {"num_resolutions": 4}, "quantizer": CODES}, "num_resolutions=4"),

@@ -47,6 +47,7 @@ def test_all_fields_of_a_bottleneck_can_be_written_and_built_again(bottleneck):
         "vq": {"codebook_size": 8, "code_dim": 4},
         "lfq": {"bits": 4},
         "gumbel": {"codebook_size": 8},
+        "gumbel_nearest": {"codebook_size": 8},
         "bsq": {"bits": 9},
         "ibq": {"codebook_size": 8, "code_dim": 4},
         "simvq": {"codebook_size": 8, "code_dim": 4},

@@ -17,7 +17,7 @@ _PYTORCH = (
     Rule(r"params/(encoder|decoder)/(down|up)(\d+)_block(\d+)/(\w+)/\w+", r"\1.\2.\3.block.\4.\5.{leaf}"),
     Rule(r"params/(encoder|decoder)/mid_block(\d+)/(\w+)/\w+", r"\1.mid.\2.\3.{leaf}"),
     Rule(r"params/decoder/up(\d+)_upsample/\w+", r"decoder.up.\1.upsample_conv.{leaf}"),
-    Rule(r"params/bottleneck/codebook", "quantize.embedding.weight"),
+    Rule(r"params/bottleneck/(?:codebook|embedding)", "quantize.embedding.weight"),
 )
 
 # Flax counts the layers of one kind in the order of their use.
@@ -48,7 +48,7 @@ def flax_table(paths: Sequence[str], prefix: str) -> list[Rule]:
         "decoder": ["conv_in", *(f"up{level}_upsample" for level in range(levels - 1, 0, -1)), "conv_out"],
     }
     # Kernels have our layout already.
-    rules = [Rule("params/bottleneck/codebook", f"{prefix}quantizer/codebook")]
+    rules = [Rule("params/bottleneck/(?:codebook|embedding)", f"{prefix}quantizer/codebook")]
     for coder in order:
         places = [f"{place}_block{i}" for place in order[coder] for i in range(blocks[coder])]
         for number, place in enumerate(places):
@@ -70,6 +70,9 @@ _JAX_NETWORK = (
     "filters", "num_res_blocks", "channel_multipliers", "embedding_dim", "conv_downsample", "activation_fn",
     "norm_type",
 )  # fmt: skip
+
+
+_QUANTIZERS = {"vq": "vq", "gumbel": "gumbel_nearest"}
 
 
 def fields_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def _from_torch(network: Mapping[str, Any], quantizer: Mapping[str, Any]) -> dic
 def _from_jax(network: Mapping[str, Any]) -> dict[str, Any]:
     what = "vqvae"
     check_keys(what, network, _JAX_NETWORK)
-    check_value(what, network, "quantizer", ("vq",))
+    check_value(what, network, "quantizer", tuple(_QUANTIZERS))
     check_value(what, network, "conv_downsample", (False,))
     check_value(what, network, "activation_fn", ("swish",))
     check_value(what, network, "norm_type", ("GN",))
@@ -129,12 +132,15 @@ def _from_jax(network: Mapping[str, Any]) -> dict[str, Any]:
         network["num_res_blocks"],
         network["codebook_size"],
         network["embedding_dim"],
+        _QUANTIZERS[network.get("quantizer", "vq")],
     ) | {"pixel_channels": 3}
 
 
-def _fields(width: int, factors: Sequence[int], blocks: int, codes: int, dim: int) -> dict[str, Any]:
+def _fields(
+    width: int, factors: Sequence[int], blocks: int, codes: int, dim: int, quantizer: str = "vq"
+) -> dict[str, Any]:
     return {
-        "bottleneck": {"name": "vq", "codebook_size": codes, "code_dim": dim},
+        "bottleneck": {"name": quantizer, "codebook_size": codes, "code_dim": dim},
         "latent_channels": dim,
         "widths": tuple(width * factor for factor in factors),
         "blocks": blocks,

@@ -17,6 +17,7 @@ BOTTLENECKS = {
     "residual": (".residual", "Residual"),
     "grouped": (".grouped", "Grouped"),
     "gumbel": (".gumbel", "GumbelSoftmax"),
+    "gumbel_nearest": (".gumbel", "GumbelNearest"),
     "gaussian": (".gaussian", "DiagonalGaussian"),
     "identity": (".identity", "Identity"),
 }

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from .. import errors
 from ..parallel.constrain import constrain
+from .gradients import straight_through
 
 Array = jax.Array
 _MINIMUM = 1e-5
@@ -28,6 +29,7 @@ class EntropyForm(NamedTuple):
 
     sample: Callable[[Array], Array]  # log-probabilities (..., K) -> entropies (...)
     mean: Callable[[Array], Array]  # mean probabilities (K,) -> entropy ()
+    probabilities: Callable[[Array], Array] = jnp.exp  # what the mean is of
 
 
 def _clamped(log_p: Array) -> Array:
@@ -42,14 +44,25 @@ def _smoothed(p: Array, minimum: float) -> Array:
     return -jnp.sum(p * jnp.log(p + minimum), axis=-1)
 
 
+def _chosen(log_p: Array) -> Array:
+    """The most likely code, as a one-hot vector with the gradient of the probabilities."""
+    one_hot = jax.nn.one_hot(jnp.argmax(log_p, axis=-1), log_p.shape[-1], dtype=log_p.dtype)
+    return straight_through(jnp.exp(log_p), one_hot)
+
+
 # "clamped": -sum p log max(p, 1e-5) in both terms (vector-quantize-pytorch, VidTok).
 # "smoothed": exact in the sample term, -sum p log(p + 1e-5) of the mean (MAGVIT, Open-MAGVIT2, IBQ). With 2^18 codes a
 # uniform p is below 1e-5, so that this term and its gradient saturate: the released behaviour.
 # "smoothed_1e-8": -sum p log(p + 1e-8) in both terms (BSQ).
+# "smoothed_argmax": "smoothed", of the most likely code in place of p outside the logarithm (MAGVIT and MaskGIT, where
+# their loss type is argmax).
 FORMS = {
     "clamped": EntropyForm(_clamped, lambda p: -jnp.sum(p * jnp.log(jnp.maximum(p, _MINIMUM)))),
     "smoothed": EntropyForm(_exact, lambda p: -jnp.sum(p * jnp.log(p + _MINIMUM))),
     "smoothed_1e-8": EntropyForm(lambda log_p: _smoothed(jnp.exp(log_p), 1e-8), lambda p: _smoothed(p, 1e-8)),
+    "smoothed_argmax": EntropyForm(
+        lambda log_p: -jnp.sum(_chosen(log_p) * log_p, axis=-1), lambda p: -jnp.sum(p * jnp.log(p + _MINIMUM)), _chosen
+    ),
 }
 
 
@@ -61,7 +74,7 @@ def code_entropies(z: Array, codebook: Array, scale: float, form: str, chunk_siz
       codebook: float32 ``(K, D)``.
       scale: factor of the inner products, 2 / temperature for codes of one length (then it is a softmax of negative
         squared distances).
-      form: ``clamped`` or ``smoothed``.
+      form: one of `FORMS`.
       chunk_size: positions handled at once, of the global batch: memory is about ``4 * chunk_size * K`` bytes a few
         times over, divided by the devices that share the batch. The backward pass computes each chunk again.
 
@@ -84,7 +97,7 @@ def code_entropies(z: Array, codebook: Array, scale: float, form: str, chunk_siz
     def of_chunk(rows, weights):
         logits = scale * jnp.matmul(rows, codebook.T, precision=jax.lax.Precision.HIGHEST)
         log_p = jax.nn.log_softmax(logits, axis=-1)
-        return jnp.sum(weights * form.sample(log_p)), jnp.sum(weights[:, None] * jnp.exp(log_p), axis=0)
+        return jnp.sum(weights * form.sample(log_p)), jnp.sum(weights[:, None] * form.probabilities(log_p), axis=0)
 
     def add(total, chunk):
         # The running sums stay outside of_chunk: the backward pass would otherwise keep a copy of them per chunk.

@@ -109,6 +109,39 @@ class GumbelSoftmax(nn.Module):
         return nearest(codes, self.embedding)
 
 
+class GumbelNearest(GumbelSoftmax):
+    """The logits are minus the squared distances to the codes: the argmax is the nearest code (MaskGIT's GumbelVQ).
+
+    MaskGIT mixes codes while training (``hard=False``) and has no loss on the choice (a weight of 0 for ``kl``).
+
+    Attributes: as above; ``project`` must be off and the table is there.
+    """
+
+    code_dim: int | None = 256
+    project: bool = False
+    hard: bool = False
+
+    def __post_init__(self):
+        if self.project or self.code_dim is None:
+            raise ValueError(
+                f"distances to codes need project=False and a code_dim, got {self.project} and {self.code_dim}."
+            )
+        super().__post_init__()
+
+    def input_channels(self, latent_channels: int) -> int:
+        """Channels of ``z`` for latents of that many channels."""
+        if latent_channels != self.code_dim:
+            raise ValueError(f"a codebook of code_dim={self.code_dim} does not make {latent_channels} channels.")
+        return latent_channels
+
+    def logits(self, z: Array) -> Array:
+        """float32 logits ``(..., K)`` of ``z (..., D)``."""
+        z = z.astype(jnp.float32)
+        products = jnp.matmul(z, self.embedding.T, precision=jax.lax.Precision.HIGHEST)
+        squares = jnp.sum(jnp.square(self.embedding), axis=-1)
+        return 2 * products - squares - jnp.sum(jnp.square(z), axis=-1, keepdims=True)
+
+
 def gumbel_softmax(logits: Array, noise: Array, temperature: float | Array, hard: bool) -> tuple[Array, Array]:
     """Relaxed one-hot sample ``(..., K)`` and its int32 argmax ``(...)``.
 
