@@ -1,5 +1,7 @@
 """Vector quantization: official numbers step by step, codebook statistics on many devices, restarts, k-means."""
 
+from unittest import mock
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from reference import Case, cases, normal, relative_l2
+from refweights import uniform
 
 from tokenizers.quantize import codebook, gradients
 from tokenizers.quantize.nearest import nearest
@@ -101,6 +104,28 @@ def test_training_steps_are_the_official_ones(name):
     assert relative_l2(encoding.latents, expected["eval_quantized"]) < TOLERANCE
     from_indices = vq.apply(variables, encoding.indices, method="indices_to_codes")
     assert relative_l2(from_indices, expected["from_indices"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", cases("quantizers", "vq_gumbel_stochastic"))
+def test_sampled_codes_are_the_official_ones(name):
+    """With the case's uniform numbers, new ones in each of two steps; evaluation takes the nearest code."""
+    case = Case("quantizers", name)
+    expected = case.outputs
+    vq = quantizer_of(case.meta["config"]).clone(sample_temperature=case.meta["config"]["sample_codebook_temp"])
+    codes = jnp.asarray(case.input("codebook"))
+    variables, g = state(codes, jnp.ones(len(codes))), case.input("g")
+    for i in range(case.meta["steps"]):
+        entry = case.meta["inputs"][f"u{i}"]
+        u = (uniform(entry["seed_name"], tuple(entry["shape"])).astype(np.float64) + 1) / 2 * (1 - 2.0**-20) + 2.0**-21
+        noise = -np.log(-np.log(u))
+        with mock.patch.object(jax.random, "gumbel", return_value=jnp.asarray(noise, jnp.float32)):
+            encoding, variables, grad, _ = training(vq, {"commitment": 1.0}, g)(variables, case.input(f"x{i}"))
+        np.testing.assert_array_equal(encoding.indices, expected[f"s{i}_indices"])
+        assert relative_l2(encoding.latents, expected[f"s{i}_quantized"]) < TOLERANCE
+        assert relative_l2(grad, expected[f"s{i}_grad_x"]) < TOLERANCE
+        np.testing.assert_allclose(encoding.losses["commitment"], expected[f"s{i}_loss"], rtol=TOLERANCE)
+        assert relative_l2(variables["codebook"]["codes"], expected[f"s{i}_embed"][0]) < TOLERANCE
+    np.testing.assert_array_equal(vq.apply(variables, case.input("x0")).indices, expected["eval_indices"])
 
 
 @pytest.mark.parametrize("name", cases("quantizers", "vq_learnable_orthogonal"))

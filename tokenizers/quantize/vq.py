@@ -93,6 +93,8 @@ class VectorQuantizer(nn.Module):
       entropy: also return the entropy terms in this form (``entropy.FORMS``) while training: ``smoothed`` for MaskGIT.
       inverse_temperature: of the entropy terms; 100 for MaskGIT.
       entropy_chunk_size: positions of the global batch handled at once by the entropy terms.
+      sample_temperature: while training, codes are drawn with probability softmax(-distance / temperature), from the
+        rng stream ``bottleneck``, in place of the nearest one; 0 never.
 
     Those from ``decay`` to ``pick_rows`` are refused with ``update="gradient"``, where the optimizer owns the table.
     """
@@ -114,6 +116,7 @@ class VectorQuantizer(nn.Module):
     entropy: str | None = None
     inverse_temperature: float = 100.0
     entropy_chunk_size: int = 256
+    sample_temperature: float = 0.0
 
     def __post_init__(self):
         if self.entropy is not None:
@@ -171,7 +174,7 @@ class VectorQuantizer(nn.Module):
             self._store(self._clustered(rows))
             self.initialised.value = jnp.ones_like(self.initialised.value)
         table = self.codebook()
-        indices = nearest(z, table, self.distance)
+        indices = self._sampled(z, table) if train and self.sample_temperature else nearest(z, table, self.distance)
         codes = jnp.take(table, indices, axis=0)
         losses = {"commitment": jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))}
         if self.update == "gradient":
@@ -196,6 +199,15 @@ class VectorQuantizer(nn.Module):
         """Codes ``(..., D)`` -> int32 ``(...)``: the nearest code, the lowest index of equal ones."""
         self._check(codes.shape)
         return nearest(to_metric(codes.astype(jnp.float32), self.distance), self.codebook(), self.distance)
+
+    def _sampled(self, z: Array, table: Array) -> Array:
+        z, table = jax.lax.stop_gradient(z), jax.lax.stop_gradient(table)
+        products = jnp.matmul(z, table.T, precision=jax.lax.Precision.HIGHEST)
+        if self.distance == "euclidean":
+            squares = jnp.sum(jnp.square(z), -1, keepdims=True) + jnp.sum(jnp.square(table), -1) - 2 * products
+            products = -jnp.sqrt(jnp.maximum(squares, 1e-8))
+        noise = jax.random.gumbel(self.make_rng("bottleneck"), products.shape, jnp.float32)
+        return jnp.argmax(products / self.sample_temperature + noise, axis=-1).astype(jnp.int32)
 
     def _entropies(self, z: Array, table: Array) -> tuple[Array, Array]:
         # -|z - e|^2 is 2 <z, e> - |e|^2 and a part that all codes share: one more channel makes it an inner product.
