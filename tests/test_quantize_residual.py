@@ -1,5 +1,7 @@
 """Residual and grouped quantization: official numbers over training steps, exact round trips, coarse to fine."""
 
+import random
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,7 @@ def training(case, bottleneck, weigh):
     def step(variables, x):
         def objective(x):
             encoding, new = bottleneck.apply(
-                variables, linear(weights, "project_in", x), train=True, mutable=["codebook"]
+                variables, linear(weights, "project_in", x), True, rngs={"bottleneck": KEY}, mutable=["codebook"]
             )
             quantized, loss = linear(weights, "project_out", encoding.latents), weigh(encoding.losses)
             return jnp.sum(quantized * g) + loss, (quantized, encoding.indices, loss, new)
@@ -80,8 +82,10 @@ def table_state(codes):
     return {name: jnp.asarray(value, bool if name == "initialised" else jnp.float32) for name, value in state.items()}
 
 
-@pytest.mark.parametrize("name", cases("quantizers", "residual_vq|residual_vq_projection|vq_heads_.*"))
-def test_vector_quantizers_in_a_row_or_side_by_side_are_the_official_ones(name):
+@pytest.mark.parametrize(
+    "name", cases("quantizers", "residual_vq|residual_vq_dropout|residual_vq_projection|vq_heads_.*")
+)
+def test_vector_quantizers_in_a_row_or_side_by_side_are_the_official_ones(name, monkeypatch):
     case = Case("quantizers", name)
     config, tables = case.meta["config"], case.input("codebook")
     tables = tables if tables.ndim == 3 else tables[None]
@@ -96,8 +100,12 @@ def test_vector_quantizers_in_a_row_or_side_by_side_are_the_official_ones(name):
     bottleneck, kind = (
         (Grouped(layers, parts=config["heads"] // len(layers)), "groups")
         if "heads" in config
-        else (Residual(layers), "layers")
+        else (Residual(layers, fewest=config.get("quantize_dropout_cutoff_index", -1) + 1), "layers")
     )
+    if "forward_kwargs" in case.meta:  # the authors draw the last layer that is used
+        seed = case.meta["forward_kwargs"]["rand_quantize_dropout_fixed_seed"]
+        last = random.Random(seed).randrange(config["quantize_dropout_cutoff_index"], config["num_quantizers"])
+        monkeypatch.setattr(jax.random, "randint", lambda *_: jnp.int32(last + 1))
     variables = {"codebook": {f"{kind}_{i}": table_state(table) for i, table in enumerate(tables)}}
     shapes = jax.eval_shape(
         bottleneck.init,

@@ -30,13 +30,19 @@ class Residual(nn.Module):
       layers: bottlenecks with the same number of codes, each with parameters and statistics of its own.
       scales: per layer, a number or one per channel; None for all ones.
       soft_clamp: z is first kept inside (-limit, limit), one limit per channel, by ``tanh(z / limit) * limit``.
+      fewest: while training only the first n layers are used, n drawn for each batch from ``fewest`` to all of them
+        (rng stream ``bottleneck``): one tokenizer of several rates (SoundStream, section 3.4). Layers that are left out
+        have index -1, no loss, and keep their statistics. 0: always all layers.
     """
 
     layers: tuple[nn.Module, ...]
     scales: tuple[float | tuple[float, ...], ...] | None = None
     soft_clamp: tuple[float, ...] | None = None
+    fewest: int = 0
 
     def __post_init__(self):
+        if not 0 <= self.fewest <= len(self.layers):
+            raise ValueError(f"fewest={self.fewest} must be between 0 and the number of layers, {len(self.layers)}.")
         if not self.layers:
             raise ValueError("residual quantization needs at least one layer.")
         if self.scales is not None and len(self.scales) != len(self.layers):
@@ -69,9 +75,12 @@ class Residual(nn.Module):
         if self.soft_clamp is not None:
             limit = np.asarray(self.soft_clamp, np.float32)
             z = jnp.tanh(z / limit) * limit
+        used = len(self.layers)
+        if train and self.fewest:
+            used = jax.random.randint(self.make_rng("bottleneck"), (), self.fewest, used + 1)
         residual, total, indices, losses = z, jnp.zeros_like(z), [], {}
         for i, layer in enumerate(self.layers):
-            encoding = layer(residual / self._scale(i), train)
+            encoding = self._called(layer, residual / self._scale(i), train, i < used)
             codes = encoding.latents * self._scale(i)
             residual = residual - jax.lax.stop_gradient(codes)
             total = total + codes
@@ -80,12 +89,33 @@ class Residual(nn.Module):
                 losses[name] = losses.get(name, 0.0) + value
         return Encoding(latents=total, indices=jnp.stack(indices, axis=-1), losses=losses)
 
+    def _called(self, layer: nn.Module, z: Array, train: bool, used: bool | Array) -> Encoding:
+        """What a layer makes of its residual; nothing, and no trace in its statistics, where it is not used."""
+        before = dict(layer.variables.get("codebook", {}))
+        encoding = layer(z, train)
+        if used is True or self.is_initializing():
+            return encoding
+        if self.is_mutable_collection("codebook"):
+            for name, value in before.items():
+                after = layer.get_variable("codebook", name)
+                kept = jax.tree.map(lambda new, old: jnp.where(used, new, old), after, value)
+                layer.put_variable("codebook", name, kept)
+        return Encoding(
+            latents=jnp.where(used, encoding.latents, 0.0),
+            indices=jnp.where(used, encoding.indices, -1),
+            losses={name: jnp.where(used, value, 0.0) for name, value in encoding.losses.items()},
+        )
+
     def indices_to_codes(self, indices: Array) -> Array:
-        """int ``(..., layers)`` -> float32 codes ``(..., D)``. Fewer layers than all give a coarser code."""
+        """int ``(..., layers)`` -> float32 codes ``(..., D)``.
+
+        Fewer layers than all give a coarser code, and so do indices of -1.
+        """
         if not 1 <= indices.shape[-1] <= len(self.layers):
             raise ValueError(f"indices of {len(self.layers)} layers end in that axis, got shape {indices.shape}.")
         parts = [
-            layer.indices_to_codes(indices[..., i]) * self._scale(i)
+            jnp.where(indices[..., i, None] < 0, 0.0, layer.indices_to_codes(jnp.maximum(indices[..., i], 0)))
+            * self._scale(i)
             for i, layer in enumerate(self.layers[: indices.shape[-1]])
         ]
         return sum(parts[1:], parts[0])
