@@ -19,7 +19,7 @@ from tokenizers.train.objective import Alignment
 
 # Summation orders differ in float32. Observed on CPU: outputs 2e-6.
 OUTPUT, GRADIENT = 1e-4, 1e-3
-# Adam makes steps of full size of gradients that are zero but for rounding; a step later gradients show it.
+# Adam's first steps have full size, however small a gradient is: rounding grows (see tests/test_model_vqgan.py).
 LATER = 1e-2
 # In train_vavae_vf one input of the discriminator's leaky ReLUs is 1.8e-6 in float64 and negative in our float32: its
 # slope is 0.2 in place of 1, which the first step's gradients show by 1.5e-2 (observed), through an adversarial weight
