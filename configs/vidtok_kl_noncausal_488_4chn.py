@@ -12,58 +12,11 @@ LPIPS .098, FVD 157.9. Other sizes of the family: --config.model.name=vidtok-kl-
 LPIPS needs its weight files (docs/convert_weights.md).
 """
 
-from configs import base
+from configs import vidtok_kl_causal_488_4chn
 
 
 def get_config(arg=None):
-    config = base.get_base()
-    config.steps = 50_000
-    config.ema_decay = 0.0  # the authors average no weights
-    config.ema_warmup = False
+    config = vidtok_kl_causal_488_4chn.get_config(arg)
     config.model.name = "vidtok-kl-noncausal-488-4chn"
-
-    config.optimizer = base.optimizer(lr=1e-5, clip=20.0)
-    config.loss.reconstruction = "l1"
-    config.loss.perceptual = "lpips_vgg"
-    config.loss.perceptual_weight = 1.0
-    config.loss.reduction = "logvar"
-    config.loss.bottleneck.kl = 1e-6
-
-    config.discriminator.name = "patchgan_2d"
-    config.discriminator.channels = 64
-    config.discriminator.layers = 3
-    config.discriminator.norm = "batch"
-    config.discriminator.generator_loss = "non_saturating_item"
-    config.discriminator.discriminator_loss = "hinge"
-    # The authors count each optimizer's steps: their 20,001 is the discriminator's turn of step 10,000.
-    config.discriminator.start = 10_000
-    config.discriminator.generator_start = 10_001
-    config.discriminator.weight = 0.2
-    config.discriminator.adaptive = True
-    config.discriminator.lecam_weight = 0.005
-    config.discriminator.optimizer = base.optimizer(lr=1e-5, clip=20.0)
-
-    config.data = base.data(source="videos", path="data/videos/train", held_out="0.01")
-    config.data.update({"crop": "center", "flip": False, "resample": "bilinear"})
-    config.data.streams["video"] = base.stream(frames=16, batch_size=16, resolutions=((128, 128),), fps=3.0)
-    config.data.streams.video.sampling = "spread"
-    config.evaluation.every = 2_000
-    config.checkpoint.every = 2_500
-    if arg == "stage2":  # the decoder alone, on larger frames
-        config.steps = 30_000
-        config.optimizer.frozen = (r"^model/encoder/",)
-        config.data.streams.video.update({"batch_size": 8, "resolutions": ((256, 256),)})
-    elif arg == "smoke":  # seconds, on embedded photographs that a virtual camera moves, without the weights of LPIPS
-        config.steps = 4
-        config.loss.perceptual = None
-        config.model.update({"channels": 8, "multipliers": (1, 1, 1), "blocks": 1, "space_down": (0, 1)})
-        config.model.update({"space_up": (1, 2), "time_down": (0, 1), "time_up": (1, 2)})
-        config.discriminator.update({"channels": 8, "layers": 2, "start": 1, "generator_start": 2})
-        config.data.update({"source": "embedded", "path": "", "held_out": "0.1", "virtual_camera": True})
-        config.data.streams.video.update({"frames": 4, "batch_size": 8, "resolutions": ((32, 32),), "fps": 0.0})
-        config.log.every = 1
-        config.evaluation.update({"every": 2, "max_items": 4})
-        config.checkpoint.every = 2
-    elif arg is not None:
-        raise ValueError(f"unknown argument {arg!r} of this config. Accepted: smoke, stage2.")
+    config.data.streams.video.frames = 4 if arg == "smoke" else 16
     return config

@@ -7,49 +7,17 @@ let the discriminator start earlier, at step 30,001, and take batches of 3. They
 300,000 steps here are a guess. One GPU with 24 GB. LPIPS needs its weight files (docs/convert_weights.md).
 """
 
-from configs import base
+from configs import vqgan_imagenet_f16_1024
 
 
 def get_config(arg=None):
-    config = base.get_base()
-    config.steps = 300_000
-    config.ema_decay = 0.0  # the authors average no weights
-    config.ema_warmup = False
+    config = vqgan_imagenet_f16_1024.get_config(arg)
     config.model.name = "vqgan-faceshq-f16-1024"
-
-    config.optimizer = base.optimizer(lr=3 * 4.5e-6, b1=0.5, b2=0.9, clip=0.0)
-    config.loss.reconstruction = "l1"
-    config.loss.perceptual = "lpips_vgg"
-    config.loss.perceptual_weight = 1.0
-    # The released code has the paper's two weights swapped.
-    config.loss.bottleneck.commitment = 1.0
-    config.loss.bottleneck.codebook = 0.25
-
-    config.discriminator.name = "patchgan_2d"
-    config.discriminator.channels = 64
-    config.discriminator.layers = 3
-    config.discriminator.norm = "batch"
-    config.discriminator.start = config.discriminator.generator_start = 30_001
-    config.discriminator.weight = 0.8
-    config.discriminator.adaptive = True
-    config.discriminator.fresh_forward = True
-    config.discriminator.optimizer = base.optimizer(lr=3 * 4.5e-6, b1=0.5, b2=0.9, clip=0.0)
-
-    config.data = base.data(source="images", path="data/faceshq/train", held_out="0.01", crop="center", flip=False)
-    config.data.streams["image"] = base.stream(batch_size=3, resolutions=((256, 256),))
-    config.evaluation.every = config.checkpoint.every = 10_000
-    if arg == "smoke":  # seconds, on the embedded photographs and without the weights of LPIPS
-        config.steps = 4
-        config.loss.perceptual = None
-        config.model.bottleneck = {"name": "vq", "codebook_size": 64, "code_dim": 8}
-        config.model.update({"latent_channels": 8, "z_channels": 8, "widths": (32, 32), "stem": 32, "blocks": 1})
-        config.model.attention = ()
-        config.discriminator.update({"channels": 8, "layers": 2, "start": 1, "generator_start": 2})
-        config.data.update({"source": "embedded", "path": "", "held_out": "0.1"})
-        config.data.streams.image.update({"batch_size": 8, "resolutions": ((32, 32),)})
-        config.log.every = 1
-        config.evaluation.update({"every": 2, "max_items": 4})
-        config.checkpoint.every = 2
-    elif arg is not None:
-        raise ValueError(f"unknown argument {arg!r} of configs/vqgan_faceshq_f16_1024.py. Accepted: smoke.")
+    config.optimizer.lr = config.discriminator.optimizer.lr = 3 * 4.5e-6
+    config.data.crop = "center"
+    if arg != "smoke":
+        config.steps = 300_000
+        config.discriminator.start = config.discriminator.generator_start = 30_001
+        config.data.update({"path": "data/faceshq/train", "held_out": "0.01"})
+        config.data.streams.image.batch_size = 3
     return config

@@ -51,5 +51,5 @@ def get_config(arg=None):
         config.evaluation.update({"every": 2, "max_items": 4})
         config.checkpoint.every = 2
     elif arg is not None:
-        raise ValueError(f"unknown argument {arg!r} of configs/vqgan_imagenet_f16_1024.py. Accepted: smoke.")
+        raise ValueError(f"unknown argument {arg!r} of this config. Accepted: smoke.")
     return config
