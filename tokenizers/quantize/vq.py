@@ -26,6 +26,7 @@ from .nearest import DISTANCES, nearest
 
 Array = jax.Array
 UPDATES = ("gradient", "ema")
+COMMITMENTS = ("distance", "cross_entropy")
 _EMA_FIELDS = (
     "decay",
     "epsilon",
@@ -95,6 +96,10 @@ class VectorQuantizer(nn.Module):
       entropy_chunk_size: positions of the global batch handled at once by the entropy terms.
       sample_temperature: while training, codes are drawn with probability softmax(-distance / temperature), from the
         rng stream ``bottleneck``, in place of the nearest one; 0 never.
+      commitment: what ``losses["commitment"]`` is: ``distance``, or ``cross_entropy`` of softmax(-distance) with the
+        chosen code (vector-quantize-pytorch); that and the next one compute positions x codes at once.
+      diversity: while training, ``losses["diversity"]`` is minus the entropy of softmax(-distance * diversity),
+        averaged over the batch before it is taken and over positions after; 0 leaves it out.
 
     Those from ``decay`` to ``pick_rows`` are refused with ``update="gradient"``, where the optimizer owns the table.
     """
@@ -117,11 +122,15 @@ class VectorQuantizer(nn.Module):
     inverse_temperature: float = 100.0
     entropy_chunk_size: int = 256
     sample_temperature: float = 0.0
+    commitment: str = "distance"
+    diversity: float = 0.0
 
     def __post_init__(self):
         if self.entropy is not None:
             errors.pick("entropy form", self.entropy, FORMS)
         errors.pick("distance", self.distance, DISTANCES)
+        if self.commitment not in COMMITMENTS:
+            raise errors.unknown("commitment", self.commitment, COMMITMENTS)
         errors.pick("gradient estimator", self.estimator, ESTIMATORS)
         if self.update not in UPDATES:
             raise errors.unknown("codebook update", self.update, UPDATES)
@@ -176,13 +185,15 @@ class VectorQuantizer(nn.Module):
         table = self.codebook()
         indices = self._sampled(z, table) if train and self.sample_temperature else nearest(z, table, self.distance)
         codes = jnp.take(table, indices, axis=0)
-        losses = {"commitment": jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))}
+        losses = {"commitment": self._committed(z, table, codes, indices)}
         if self.update == "gradient":
             losses["codebook"] = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
         if self.orthogonal and train:
             losses["orthogonality"] = orthogonality(self.table)
         if self.entropy is not None and train:
             losses["entropy_sample"], losses["entropy_codebook"] = self._entropies(z, table)
+        if self.diversity and train:
+            losses["diversity"] = self._diversity(z, table)
         if follow:
             self._store(self._averaged(rows, indices.reshape(-1)))
         return Encoding(latents=ESTIMATORS[self.estimator](z, codes), indices=indices, losses=losses)
@@ -200,14 +211,29 @@ class VectorQuantizer(nn.Module):
         self._check(codes.shape)
         return nearest(to_metric(codes.astype(jnp.float32), self.distance), self.codebook(), self.distance)
 
-    def _sampled(self, z: Array, table: Array) -> Array:
-        z, table = jax.lax.stop_gradient(z), jax.lax.stop_gradient(table)
+    def _scores(self, z: Array, table: Array) -> Array:
+        """Minus the distances, or cosines, of ``z (..., D)`` to all codes: ``(..., K)``."""
         products = jnp.matmul(z, table.T, precision=jax.lax.Precision.HIGHEST)
-        if self.distance == "euclidean":
-            squares = jnp.sum(jnp.square(z), -1, keepdims=True) + jnp.sum(jnp.square(table), -1) - 2 * products
-            products = -jnp.sqrt(jnp.maximum(squares, 1e-8))
-        noise = jax.random.gumbel(self.make_rng("bottleneck"), products.shape, jnp.float32)
-        return jnp.argmax(products / self.sample_temperature + noise, axis=-1).astype(jnp.int32)
+        if self.distance == "cosine":
+            return products
+        squares = jnp.sum(jnp.square(z), -1, keepdims=True) + jnp.sum(jnp.square(table), -1) - 2 * products
+        return -jnp.sqrt(jnp.maximum(squares, 1e-8))
+
+    def _sampled(self, z: Array, table: Array) -> Array:
+        scores = self._scores(jax.lax.stop_gradient(z), jax.lax.stop_gradient(table))
+        noise = jax.random.gumbel(self.make_rng("bottleneck"), scores.shape, jnp.float32)
+        return jnp.argmax(scores / self.sample_temperature + noise, axis=-1).astype(jnp.int32)
+
+    def _committed(self, z: Array, table: Array, codes: Array, indices: Array) -> Array:
+        if self.commitment == "distance":
+            return jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))
+        log_p = jax.nn.log_softmax(self._scores(z, jax.lax.stop_gradient(table)), axis=-1)
+        return -jnp.mean(jnp.take_along_axis(log_p, indices[..., None], axis=-1))
+
+    def _diversity(self, z: Array, table: Array) -> Array:
+        scores = self._scores(z, table).reshape(z.shape[0], -1, self.codebook_size)
+        mean = jax.nn.softmax(scores * self.diversity, axis=-1).mean(0)
+        return jnp.mean(jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-5)), axis=-1))
 
     def _entropies(self, z: Array, table: Array) -> tuple[Array, Array]:
         # -|z - e|^2 is 2 <z, e> - |e|^2 and a part that all codes share: one more channel makes it an inner product.
