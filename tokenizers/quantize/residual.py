@@ -33,26 +33,32 @@ class Residual(nn.Module):
       fewest: while training only the first n layers are used, n drawn for each batch from ``fewest`` to all of them
         (rng stream ``bottleneck``): one tokenizer of several rates (SoundStream, section 3.4). Layers that are left out
         have index -1, no loss, and keep their statistics. 0: always all layers.
+      repeat: how often the layers follow one another: ``Residual((vq,), repeat=4)`` is four layers with one codebook.
+        Moving averages then collect over a pass, and codes move at its end.
     """
 
     layers: tuple[nn.Module, ...]
     scales: tuple[float | tuple[float, ...], ...] | None = None
     soft_clamp: tuple[float, ...] | None = None
     fewest: int = 0
+    repeat: int = 1
 
     def __post_init__(self):
-        if not 0 <= self.fewest <= len(self.layers):
-            raise ValueError(f"fewest={self.fewest} must be between 0 and the number of layers, {len(self.layers)}.")
+        if self.repeat < 1 or not 0 <= self.fewest <= self.codebooks:
+            raise ValueError(
+                f"repeat={self.repeat} must be at least 1, and fewest={self.fewest} between 0 and the number of "
+                f"layers, {self.codebooks}."
+            )
         if not self.layers:
             raise ValueError("residual quantization needs at least one layer.")
-        if self.scales is not None and len(self.scales) != len(self.layers):
-            raise ValueError(f"{len(self.layers)} layers need as many scales, got {self.scales}.")
+        if self.scales is not None and len(self.scales) != self.codebooks:
+            raise ValueError(f"{self.codebooks} layers need as many scales, got {self.scales}.")
         super().__post_init__()
 
     @property
     def codebooks(self) -> int:
         """Indices per position."""
-        return len(self.layers)
+        return len(self.layers) * self.repeat
 
     @property
     def codebook_size(self) -> int:
@@ -75,11 +81,12 @@ class Residual(nn.Module):
         if self.soft_clamp is not None:
             limit = np.asarray(self.soft_clamp, np.float32)
             z = jnp.tanh(z / limit) * limit
-        used = len(self.layers)
+        used = self.codebooks
+        start = [layer.variables.get("codebook", {}).get("codes") for layer in self.layers]
         if train and self.fewest:
             used = jax.random.randint(self.make_rng("bottleneck"), (), self.fewest, used + 1)
         residual, total, indices, losses = z, jnp.zeros_like(z), [], {}
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers * self.repeat):
             encoding = self._called(layer, residual / self._scale(i), train, i < used)
             codes = encoding.latents * self._scale(i)
             residual = residual - jax.lax.stop_gradient(codes)
@@ -87,6 +94,7 @@ class Residual(nn.Module):
             indices.append(encoding.indices)
             for name, value in encoding.losses.items():
                 losses[name] = losses.get(name, 0.0) + value
+            self._hold_codes(start, i)
         return Encoding(latents=total, indices=jnp.stack(indices, axis=-1), losses=losses)
 
     def _called(self, layer: nn.Module, z: Array, train: bool, used: bool | Array) -> Encoding:
@@ -106,24 +114,32 @@ class Residual(nn.Module):
             losses={name: jnp.where(used, value, 0.0) for name, value in encoding.losses.items()},
         )
 
+    def _hold_codes(self, start: list[Array | None], call: int) -> None:
+        """Layers that come again see the codes that the pass began with."""
+        place = call % len(self.layers)
+        if start[place] is None or not self.is_mutable_collection("codebook") or self.is_initializing():
+            return
+        if call + len(self.layers) < self.codebooks:
+            self.layers[place].put_variable("codebook", "codes", start[place])
+
     def indices_to_codes(self, indices: Array) -> Array:
         """int ``(..., layers)`` -> float32 codes ``(..., D)``.
 
         Fewer layers than all give a coarser code, and so do indices of -1.
         """
-        if not 1 <= indices.shape[-1] <= len(self.layers):
-            raise ValueError(f"indices of {len(self.layers)} layers end in that axis, got shape {indices.shape}.")
+        if not 1 <= indices.shape[-1] <= self.codebooks:
+            raise ValueError(f"indices of {self.codebooks} layers end in that axis, got shape {indices.shape}.")
         parts = [
             jnp.where(indices[..., i, None] < 0, 0.0, layer.indices_to_codes(jnp.maximum(indices[..., i], 0)))
             * self._scale(i)
-            for i, layer in enumerate(self.layers[: indices.shape[-1]])
+            for i, layer in enumerate((self.layers * self.repeat)[: indices.shape[-1]])
         ]
         return sum(parts[1:], parts[0])
 
     def codes_to_indices(self, codes: Array) -> Array:
         """Codes ``(..., D)`` -> int32 ``(..., layers)`` by quantizing layer by layer."""
         residual, indices = codes.astype(jnp.float32), []
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers * self.repeat):
             encoding = layer(residual / self._scale(i))
             residual = residual - encoding.latents * self._scale(i)
             indices.append(encoding.indices)
