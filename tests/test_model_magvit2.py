@@ -220,7 +220,7 @@ def test_tokens_of_two_factors_are_two_indices():
         (VQVAE | {"norm_type": "LN"}, "norm_type of vqvae 'LN'. .*'GN'"),
         (VQVAE | {"latent_normalize": True}, "latent_normalize of vqvae True"),
         (VQVAE | {"temporal_downsample": [True, False]}, "one entry between any two levels"),
-        (VQVAE | {"entropy_loss_ratio": 0.1, "entropy_loss_type": "argmax"}, "entropy_loss_type of vqvae 'argmax'"),
+        (VQVAE | {"entropy_loss_ratio": 0.1, "entropy_loss_type": "hard"}, "unknown entropy_loss_type 'hard'"),
         (LAYERED | {"layers": ["gateloop_time"]}, "layer of magvit2_pytorch 'gateloop_time'.*attend_time"),
         (LAYERED | {"layers": [["residual", 2]]}, "consecutive_residual alone takes a number"),
         (LAYERED | {"num_codebooks": 2}, "num_codebooks of a VideoTokenizer config 2"),

@@ -15,6 +15,7 @@ from refweights import uniform
 
 from tokenizers.quantize import codebook, gradients
 from tokenizers.quantize.nearest import nearest
+from tokenizers.quantize.remap import from_used, to_used
 from tokenizers.quantize.vq import VectorQuantizer
 
 # float32 against float32 of another library: only the order of sums differs.
@@ -73,12 +74,18 @@ def quantizer_of(config, **fields):
 @pytest.mark.parametrize(
     "name",
     cases(
-        "quantizers", "vq_(cosine|dead_code_restart|diversity_and_ce|euclid_ema_ste|euclid_ema_rotation|kmeans_init)"
+        "quantizers",
+        "vq_(cosine|dead_code_restart|diversity_and_ce|euclid_ema_ste|euclid_ema_rotation|kmeans_init|image_fmap)",
     ),
 )
 def test_training_steps_are_the_official_ones(name):
     case = Case("quantizers", name)
     config, expected = case.meta["config"], case.outputs
+    if config.get("accept_image_fmap"):  # channels first: (b c h w)
+        last = {key: np.moveaxis(value, 1, -1) for key, value in expected.items() if value.ndim == 4}
+        expected = expected | last
+        read = case.input
+        case.input = lambda key: np.moveaxis(read(key), 1, -1) if read(key).ndim == 4 else read(key)
     vq = quantizer_of(config)
     size = config["codebook_size"]
     if "codebook" in case.meta["inputs"]:
@@ -180,6 +187,70 @@ def test_learned_codebook_is_that_of_taming(name):
         counts, _ = codebook.assignment_sums(jnp.zeros((z.size // 8, 8)), encoding.indices.reshape(-1), config["n_e"])
         p = counts / counts.sum()
         assert relative_l2(jnp.exp(-jnp.sum(p * jnp.log(p + 1e-10))), expected["perplexity"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", cases("quantizers", "taming_vq2_remap_extra"))
+def test_indices_of_used_codes_are_those_of_taming(name):
+    case = Case("quantizers", name)
+    config, expected, used = case.meta["config"], case.outputs, tuple(case.meta["remap_used"])
+    vq = VectorQuantizer(config["n_e"], config["e_dim"])
+    variables = {"params": {"codebook": jnp.asarray(case.weights()["embedding.weight"])}}
+    encoding = vq.apply(variables, case.input("z"))
+    indices = to_used(encoding.indices, used)
+    # Their way back from indices, which the case took, writes 0 over the extra index in the array it is given.
+    np.testing.assert_array_equal(np.where(indices == len(used), 0, indices), expected["indices"])
+    assert (np.asarray(indices) == len(used)).any()
+    assert relative_l2(encoding.latents, expected["quantized"]) < TOLERANCE
+    loss = encoding.losses["commitment"] + config["beta"] * encoding.losses["codebook"]
+    np.testing.assert_allclose(loss, expected["loss"], rtol=TOLERANCE)
+    codes = vq.apply(variables, from_used(indices, used), method="indices_to_codes")
+    assert relative_l2(codes, expected["codebook_entry"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", cases("lfq_losses", "vq2_legacy"))
+def test_learned_codebook_is_that_of_the_ibq_code(name):
+    """Taming's quantizer once more, in the repository of IBQ."""
+    case = Case("lfq_losses", name)
+    config, expected = case.meta["config"], case.outputs
+    vq = VectorQuantizer(config["n_e"], config["e_dim"])
+    variables = {"params": {"codebook": jnp.asarray(case.weights()["embedding.weight"])}}
+    z = case.input("z")
+    weights = {"commitment": 1.0, "codebook": config["beta"]}
+    encoding, _, grad, grad_params = training(vq, weights)(variables, z)
+    np.testing.assert_array_equal(encoding.indices.ravel(), expected["indices"])
+    assert relative_l2(encoding.latents, expected["quantized"]) < TOLERANCE
+    loss = sum(weights[key] * value for key, value in encoding.losses.items())
+    np.testing.assert_allclose(loss, expected["quant_loss"], rtol=TOLERANCE)
+    assert relative_l2(grad, expected["grad_z_of_quant_loss"]) < TOLERANCE
+    assert relative_l2(grad_params["params"]["codebook"], expected["grad_embedding_of_quant_loss"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", cases("lfq_losses", "magvit_vector_quantizer"))
+def test_losses_and_gradients_are_those_of_magvit(name):
+    case = Case("lfq_losses", name)
+    config, expected = case.meta["config"], case.outputs
+    z, table = case.input("x"), jnp.asarray(case.weights()["codebook"])
+    vq = VectorQuantizer(config["codebook_size"], z.shape[-1], entropy="smoothed")
+    ratio = config["entropy_loss_ratio"]
+    parts = {
+        "e_latent_loss": {"commitment": config["commitment_cost"]},
+        "q_latent_loss": {"codebook": 1.0},
+        "entropy_loss": {"entropy_sample": ratio, "entropy_codebook": -ratio},
+    }
+    parts["quantizer_loss"] = {term: weight for part in list(parts.values()) for term, weight in part.items()}
+    for key, weights in parts.items():
+
+        def loss(z, table, weights=weights):
+            encoding = vq.apply({"params": {"codebook": table}}, z, train=True)
+            return sum(weight * encoding.losses[term] for term, weight in weights.items()), encoding
+
+        (value, encoding), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(z, table)
+        np.testing.assert_allclose(value, expected[key], rtol=TOLERANCE, atol=1e-6)
+        for ours, theirs in zip(grads, ("x", "codebook"), strict=True):
+            # The softmax is taken of 100 times the squared distances.
+            assert relative_l2(ours, expected[f"grad_{theirs}_of_{key}"]) < 1e-4, key
+    np.testing.assert_array_equal(encoding.indices, expected["indices"])
+    assert relative_l2(encoding.latents, expected["quantized"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", cases("quantizers", "taming_ema"))

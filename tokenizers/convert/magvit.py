@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import errors
 from .compvis import check_keys, check_value
 from .engine import Rule
 from .maskgit_vqgan import flax_table
@@ -59,9 +60,9 @@ def fields_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     bottleneck = {"name": "vq", "codebook_size": codes, "code_dim": dim, "entropy": None}
     if found.get("entropy_loss_ratio", 0.0):
-        # The other type takes hard assignments in both terms.
-        check_value(what, found, "entropy_loss_type", ("softmax",))
-        bottleneck |= {"entropy": "smoothed", "inverse_temperature": 1.0 / found.get("entropy_temperature", 0.01)}
+        forms = {"softmax": "smoothed", "argmax": "smoothed_argmax"}
+        bottleneck["entropy"] = errors.pick("entropy_loss_type", found.get("entropy_loss_type", "softmax"), forms)
+        bottleneck["inverse_temperature"] = 1.0 / found.get("entropy_temperature", 0.01)
     return {
         "bottleneck": bottleneck,
         "latent_channels": dim,

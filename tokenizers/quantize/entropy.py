@@ -66,7 +66,9 @@ FORMS = {
 }
 
 
-def code_entropies(z: Array, codebook: Array, scale: float, form: str, chunk_size: int) -> tuple[Array, Array]:
+def code_entropies(
+    z: Array, codebook: Array, scale: float, form: str, chunk_size: int, mask: Array | None = None
+) -> tuple[Array, Array]:
     """(entropy of the assignment, entropy of the mean assignment) for all positions of the global batch.
 
     Args:
@@ -77,6 +79,7 @@ def code_entropies(z: Array, codebook: Array, scale: float, form: str, chunk_siz
       form: one of `FORMS`.
       chunk_size: positions handled at once, of the global batch: memory is about ``4 * chunk_size * K`` bytes a few
         times over, divided by the devices that share the batch. The backward pass computes each chunk again.
+      mask: ``(...)``, positions that count.
 
     Returns:
       two float32 scalars, in nats.
@@ -87,7 +90,9 @@ def code_entropies(z: Array, codebook: Array, scale: float, form: str, chunk_siz
     chunk_size = min(chunk_size, count)
     chunks = -(-count // chunk_size)
     padding = chunks * chunk_size - count
-    weights = jnp.pad(jnp.ones(count, jnp.float32), (0, padding))
+    weights = jnp.ones(count, jnp.float32) if mask is None else mask.reshape(-1).astype(jnp.float32)
+    total = jnp.sum(weights)
+    weights = jnp.pad(weights, (0, padding))
     # Chunk c holds the positions c, c + chunks, ...: the batch stays the major axis of a chunk, so that all devices
     # work on every chunk. (The order of positions is irrelevant to both means.)
     rows = constrain(jnp.pad(rows, ((0, padding), (0, 0))).reshape(chunk_size, chunks, -1), "batch", None, None)
@@ -99,10 +104,10 @@ def code_entropies(z: Array, codebook: Array, scale: float, form: str, chunk_siz
         log_p = jax.nn.log_softmax(logits, axis=-1)
         return jnp.sum(weights * form.sample(log_p)), jnp.sum(weights[:, None] * form.probabilities(log_p), axis=0)
 
-    def add(total, chunk):
+    def add(sums, chunk):
         # The running sums stay outside of_chunk: the backward pass would otherwise keep a copy of them per chunk.
-        return jax.tree.map(jnp.add, total, of_chunk(*chunk)), None
+        return jax.tree.map(jnp.add, sums, of_chunk(*chunk)), None
 
     start = jnp.zeros((), jnp.float32), jnp.zeros(codebook.shape[0], jnp.float32)
     (entropy, probabilities), _ = jax.lax.scan(add, start, (rows, weights))
-    return entropy / count, form.mean(probabilities / count)
+    return entropy / total, form.mean(probabilities / total)
