@@ -16,12 +16,14 @@ from test_discriminators import from_official, official_entry
 import tokenizers
 from configs import base, ibq_imagenet_16384, open_magvit2_imagenet_256, open_magvit2_video_128
 from tokenizers import registry
+from tokenizers.api import Tokenizer
 from tokenizers.convert import engine, ibq, magvit2
 from tokenizers.convert import lpips as lpips_table
 from tokenizers.losses import adversarial, perceptual
+from tokenizers.models.magvit2 import inflate
 from tokenizers.networks.lpips import LPIPS
 from tokenizers.parallel import platform
-from tokenizers.train import build
+from tokenizers.train import build, optim
 from tokenizers.train.objective import Term
 from tokenizers.train.state import AdversaryState, new_state
 from tokenizers.train.step import make_step
@@ -402,3 +404,205 @@ def same_terms(run, metrics, log):
     for key, value in terms.items():
         # Means of logits cancel.
         np.testing.assert_allclose(value, log[key], rtol=1e-4, atol=1e-5 if "logits" in key else 1e-7, err_msg=key)
+
+
+LUCIDRAINS = {"commitment": 1.0, "entropy_sample": 0.1, "entropy_codebook": -0.25}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases("magvit2", "lucidrains_small_.*"))
+def test_losses_and_gradients_are_those_of_the_reconstruction(name):
+    case, tok = official(name)
+    expected, pixels = case.outputs, case.input("video")
+
+    def loss(params):
+        reconstruction, encoding = tok.module.apply({"params": params}, pixels, train=True)
+        error = ((reconstruction - pixels) ** 2).mean()
+        auxiliary = sum(LUCIDRAINS[term] * value for term, value in encoding.losses.items())
+        return error + auxiliary, (error, auxiliary)
+
+    (total, (error, auxiliary)), grads = compiled(jax.value_and_grad(loss, has_aux=True))(tok.params)
+    np.testing.assert_allclose(total, expected["total_loss(no gan, no vgg)"], rtol=1e-4)
+    np.testing.assert_allclose(error, expected["recon_loss"], rtol=1e-4)
+    np.testing.assert_allclose(auxiliary, expected["lfq_aux_loss"], rtol=1e-4)
+    grads = engine.to_official(tokenizers.convert.magvit2_pytorch.table_of(tok.module), {"params": grads})
+    for key, value in expected.items():
+        if key.startswith("grad."):
+            ours = grads[key.removeprefix("grad.")]
+            assert relative_l2(ours.ravel()[: value.size].reshape(value.shape), value) < 1e-3, key
+
+
+@pytest.mark.parametrize("name", marked(cases("magvit2", "magvit1_(small|full)_.*")))
+def test_losses_of_the_quantizer_are_those_of_magvit(name):
+    case, tok = official(name)
+    pixels = 2 * case.input("video") - 1
+    losses = compiled(lambda v, x: tok.module.apply(v, x, train=True, method="encode").losses)(tok.variables, pixels)
+    terms = {
+        "e_latent_loss": 0.25 * losses["commitment"],
+        "q_latent_loss": losses["codebook"],
+        "entropy_loss": 0.1 * (losses["entropy_sample"] - losses["entropy_codebook"]),
+    }
+    terms["quantizer_loss"] = sum(terms.values())
+    for key, value in terms.items():
+        np.testing.assert_allclose(value, case.outputs[key], rtol=1e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("name", cases("magvit2", "lr_schedule_.*"))
+def test_learning_rates_are_those_of_the_original(name):
+    case = Case("magvit2", name)
+    given = case.meta["training"]
+    shared = {"lr": given["peak_lr"], "warmup": given["warmup"], "warmup_from": given["wp0"], "end": given["wpe"]}
+    # Theirs reaches its end one step earlier than the run; lin0 stays up for a twentieth of the way.
+    steps = given["max_it"] - 1
+    kinds = {
+        "cos": base.optimizer(schedule="cosine", **shared),
+        "lin0": base.optimizer(schedule="linear", flat=round((steps - given["warmup"]) / 20), **shared),
+        "constant": base.optimizer(**shared),
+    }
+    for kind, config in kinds.items():
+        rate = optim.schedule(config, steps)
+        ours = [rate(step) for step in given["steps"]]
+        # float32: the first steps of a warm-up are differences of numbers near the peak.
+        np.testing.assert_allclose(ours, case.outputs[f"lr_{kind}"], rtol=1e-4, atol=2e-11, err_msg=kind)
+    published = open_magvit2_imagenet_256.get_config("pretrain_16384")
+    rate = optim.schedule(published.optimizer, published.steps)
+    np.testing.assert_allclose([rate(step) for step in given["steps"]], case.outputs["lr_cos"], rtol=1e-4, atol=2e-11)
+
+
+def test_learning_rates_of_images_fall_where_the_authors_say():
+    for published, epochs in ((open_magvit2_imagenet_256, (200, 250)), (ibq_imagenet_16384, (250, 300))):
+        config = published.get_config()
+        rate, epoch = optim.schedule(config.optimizer, config.steps), 1_281_167 // 256
+        found = [float(rate(epochs[0] * epoch - 1)), float(rate(epochs[0] * epoch + 1)), float(rate(config.steps))]
+        np.testing.assert_allclose(found, [1e-4, 1e-5, 1e-6], rtol=1e-5)
+        assert float(rate(epochs[1] * epoch + 1)) < 2e-6
+
+
+@pytest.mark.parametrize("name", cases("magvit2", "inflate_.*"))
+def test_an_image_model_becomes_a_video_model(name):
+    case = Case("magvit2", name)
+    image = case.meta["training"]["image_spec"]["config"]
+    fields = magvit2.fields_from_official(image)
+    module = registry.build("magvit2", **fields)
+    shapes = registry.abstract_variables(module)
+    names = engine.to_official(magvit2.TABLE, jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes))
+    state = {entry: refweights.weight(entry, value.shape) for entry, value in names.items()}
+    tok = tokenizers.from_official("magvit2", image, state)
+    video = registry.build("magvit2", **magvit2.fields_from_official(case.meta["config"]))
+    params = inflate(tok.params, registry.abstract_variables(video)["params"])
+    found = engine.to_official(magvit2.table_of(video), {"params": params})
+    theirs = {entry: tuple(shape) for entry, shape, _ in case.meta["state_dict"]}
+    assert {entry: value.shape for entry, value in found.items()} == theirs
+    for key, value in case.outputs.items():
+        ours = found[key.removeprefix("after.")]
+        np.testing.assert_array_equal(ours.ravel()[: value.size], value.ravel(), err_msg=key)
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+def used(module):
+    """A tokenizer whose parameters are all at work."""
+    leaves, tree = jax.tree.flatten(registry.abstract_variables(module))
+    values = [0.4 * refweights.uniform(f"leaf{i}", leaf.shape) for i, leaf in enumerate(leaves)]
+    return Tokenizer(module, jax.tree.unflatten(tree, values), registry_name(module), registry.fields_of(module))
+
+
+def registry_name(module):
+    return next(name for name, file in registry.systems().items() if file.Model is type(module))
+
+
+TINY = {"channels": 32, "multipliers": (1, 1), "blocks": 1, "time_levels": (0,)}
+CODES = {"bottleneck": {"name": "lfq", "bits": 6}, "latent_channels": 6}
+LAYERS = ("residual", "compress_space", "compress_time", ("consecutive_residual", 2), "attend_space", "compress_time")
+
+
+def streaming_models():
+    yield registry.build("magvit2", family="video-causal", **TINY, **CODES)
+    layered = {"channels": 8, "widest": 8, "latent_channels": 8, "num_heads": 2, "head_dim": 4, "conv_in": (3, 3, 3)}
+    codes = {"bottleneck": {"name": "lfq", "bits": 6, "bit_order": "big", "entropy": None}}
+    for first_frame in (False, True):
+        yield registry.build(
+            "magvit2_pytorch", layers=(*LAYERS, "attend_time"), first_frame=first_frame, **layered, **codes
+        )
+
+
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_streams_are_the_whole_clip(index):
+    tok = used(list(streaming_models())[index])
+    clip = refweights.image_like("magvit2/clip", (1, 13, 8, 8, 3))
+    whole = tok.encode(clip)
+    chunks = list(tok.encode_stream([clip[:, :5], clip[:, 5:9], clip[:, 9:]]))
+    factor = tok.spec.compression[0]
+    np.testing.assert_array_equal(np.concatenate([c.indices for c in chunks], axis=1), whole.indices)
+    latents = np.concatenate([c.latents for c in chunks], axis=1)
+    np.testing.assert_allclose(latents, whole.latents, atol=1e-5)
+    seen = 1 + 4 // factor
+    parts = list(tok.decode_stream(np.split(np.asarray(whole.latents), [seen, seen + 4 // factor], axis=1)))
+    decoded = tok.decode(whole.latents)
+    # Sums over chunks are those over the clip, in another order. Observed 2e-6 of values up to 1.
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), decoded, atol=2e-5 * float(np.abs(decoded).max()))
+    # A picture is the first frame, and nothing of a frame is seen before it.
+    np.testing.assert_array_equal(tok.encode(clip[:, 0]).indices, whole.indices[:, 0])
+    later = clip.copy()
+    later[:, 5:] *= -1
+    changed = tok.encode(later).indices != whole.indices
+    assert not changed[:, :seen].any()
+    assert changed[:, seen:].any()
+
+
+def test_released_video_models_are_not_causal_and_say_so():
+    names = ("open-magvit2-video-128-262144", "magvit2-video-causal-128-262144")
+    released, causal = (registry.build(name) for name in names)
+    assert not released.spec.causal
+    assert "not causal" in registry.variants()[names[0]][1].note
+    assert causal.spec.causal
+    with pytest.raises(ValueError, match="cannot stream: it is not causal"):
+        list(Tokenizer(released, {}, "magvit2", {}).encode_stream([np.zeros((1, 5, 16, 16, 3), np.float32)]))
+
+
+@pytest.mark.slow
+def test_norms_over_the_clip_look_ahead_and_norms_over_frames_do_not():
+    clip = refweights.image_like("magvit2/clip", (1, 9, 8, 8, 3))
+    other = clip.copy()
+    other[:, 5:] *= -1
+    changes = {}
+    for family in ("video", "video-causal"):
+        tok = used(registry.build("magvit2", family=family, **TINY, **CODES))
+        run = compiled(lambda v, x, tok=tok: tok.module.apply(v, x, method="prequantized"))
+        a, b = run(tok.variables, clip), run(tok.variables, other)
+        changes[family] = float(np.abs(a[:, 0] - b[:, 0]).max())
+    assert changes["video"] > 1e-3
+    assert changes["video-causal"] == 0
+    # Of a clip of one frame the two are one network.
+    models = [used(registry.build("magvit2", family=family, **TINY, **CODES)) for family in ("video", "video-causal")]
+    one = [compiled(lambda v, x, tok=tok: tok.module.apply(v, x)[0])(tok.variables, clip[:, :1]) for tok in models]
+    np.testing.assert_allclose(*one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_inflated_causal_model_starts_as_the_image_model():
+    fields = TINY | CODES
+    image = used(registry.build("magvit2", family="image", **fields))
+    video = registry.build("magvit2", family="video-causal", **fields)
+    params = inflate(image.params, registry.abstract_variables(video)["params"])
+    clip = refweights.image_like("magvit2/inflated", (1, 1, 8, 8, 3))
+    of_image = image.reconstruct(clip[:, 0])
+    of_video = Tokenizer(video, {"params": params}, "magvit2", {}).reconstruct(clip)
+    np.testing.assert_allclose(of_video[:, 0], of_image, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="the image model has"):
+        inflate({"encoder": {}}, params)
+
+
+def test_compute_in_bfloat16_keeps_float32_at_both_ends():
+    module = registry.build("magvit2", family="image", dtype="bfloat16", remat=True, **TINY | CODES)
+    pixels = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
+    reconstruction, encoding = jax.eval_shape(module.apply, registry.abstract_variables(module), pixels)
+    assert reconstruction.dtype == encoding.latents.dtype == np.float32
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(registry.abstract_variables(module)))
+
+
+def test_one_latent_position_is_refused():
+    module = registry.build("magvit2", **TINY | CODES)
+    with pytest.raises(ValueError, match="variance of at least 2 latent positions"):
+        jax.eval_shape(module.apply, registry.abstract_variables(module), np.zeros((1, 4, 4, 3), np.float32))
