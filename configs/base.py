@@ -30,6 +30,7 @@ def optimizer(**changes) -> ConfigDict:
     config.eps = 1e-8
     config.weight_decay = 0.0
     config.decay = "kernels"  # what weight_decay acts on: kernels, all
+    config.undecayed = ()  # regular expressions over parameter paths: of these, what it leaves alone
     config.clip = 1.0  # largest global gradient norm; 0 = no clipping
     config.frozen = ()  # regular expressions over parameter paths that stay as they are
     return _changed(config, changes)
@@ -106,6 +107,8 @@ def get_base() -> ConfigDict:
     config.loss.perceptual = placeholder(str)  # lpips_vgg, lpips_alex; None = no perceptual loss
     config.loss.perceptual_weight = 1.0
     config.loss.perceptual_path = ""  # weight file; default: $TOKENIZERS_WEIGHTS
+    config.loss.convnext_weight = 0.0  # squared difference of ConvNeXt-S logits (MaskBit, TiTok)
+    config.loss.convnext_path = ""  # its weight file; default: $TOKENIZERS_WEIGHTS
     config.loss.content_weight = 0.0  # difference of VGG16 features (Cosmos)
     config.loss.gram_weight = 0.0  # difference of their Gram matrices: texture, style
     # Of VGG16's relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 in these two (Cosmos's); 0 leaves a layer out.
@@ -140,8 +143,8 @@ def get_base() -> ConfigDict:
     config.schedules = ConfigDict({"loss": {}, "model": {}})  # by term of loss.bottleneck; by field, e.g. temperature
 
     config.discriminator = ConfigDict()
-    # patchgan_2d, patchgan_3d, blur_2d, stylegan_2d, stylegan_3d, dino_2d (channels=0: those of the network); None = no
-    # adversarial loss
+    # patchgan_2d, patchgan_3d, blur_2d, maskbit_2d, stylegan_2d, stylegan_3d, dino_2d (channels=0: those of the
+    # network); None = no adversarial loss
     config.discriminator.name = placeholder(str)
     config.discriminator.network = "dinov2_small"  # frozen, of dino_2d: dinov2_small, dinov2_base, dinov2_large
     config.discriminator.path = ""  # its weight file; default: $TOKENIZERS_WEIGHTS
@@ -159,6 +162,7 @@ def get_base() -> ConfigDict:
     config.discriminator.factor = 1.0
     config.discriminator.lecam_weight = 0.0
     config.discriminator.lecam_decay = 0.999
+    config.discriminator.lecam = "patches"  # patches: of each logit, anchors move first; means: of mean logits, TiTok
     config.discriminator.r1_weight = 0.0
     config.discriminator.r1_every = 16
     config.discriminator.feature_matching_weight = 0.0  # of its hidden features, added to the generator's loss

@@ -39,7 +39,13 @@ TRAINING = [
     (name, argument) for name in NAMES if name != "eval_default" for argument in (None, *accepted_arguments(name))
 ]
 # The weights of what judges reconstructions and latents are files.
-WITHOUT_FILES = {"perceptual": None, "content_weight": 0.0, "gram_weight": 0.0, "alignment": {"network": None}}
+WITHOUT_FILES = {
+    "perceptual": None,
+    "convnext_weight": 0.0,
+    "content_weight": 0.0,
+    "gram_weight": 0.0,
+    "alignment": {"network": None},
+}
 each_config = pytest.mark.parametrize(("name", "argument"), TRAINING, ids=lambda value: str(value))
 # Tracing a step of a published size takes up to 20 s; a small one of each family runs always.
 TRACED_ALWAYS = ("quickstart", "cosmos_cv8x8x8", "kl_f16")

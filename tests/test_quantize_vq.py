@@ -3,6 +3,7 @@
 from unittest import mock
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -415,6 +416,38 @@ def test_an_index_outside_the_codebook_does_not_decode_silently():
     assert jnp.isnan(vq.apply(variables, jnp.asarray([8]), method="indices_to_codes")).all()
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_unused_codes_move_to_inputs(distance):
+    """Clustering, by hand: what is not used becomes the nearest input, and the used codes hardly move."""
+    vq = VectorQuantizer(16, 4, distance=distance, update="clustering", codebook_init=nn.initializers.normal(1.0))
+    z = normal("vq/clustering", (2, 3, 4)) * 2
+    variables = vq.init(KEY, z)
+    chex.assert_trees_all_equal(variables["codebook"], jax.tree.map(jnp.zeros_like, variables["codebook"]))
+    step = jax.jit(lambda v, z: vq.apply(v, z, train=True, mutable=["codebook"]))
+    table = np.asarray(variables["params"]["codebook"], np.float64)
+    rows = np.asarray(z, np.float64).reshape(-1, 4)
+
+    def metric(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True) if distance == "cosine" else x
+
+    distances = np.square(metric(rows)[:, None] - metric(table)).sum(-1)
+    usage = 0.01 * np.bincount(distances.argmin(1), minlength=16) / len(rows)
+    pull = np.exp(-usage * 16 * 10 / 0.01 - 1e-3)[:, None]
+    table = table * (1 - pull) + rows[distances.argmin(0)] * pull  # the inputs as they are, not of length one
+    encoding, changed = step(variables, z)
+    np.testing.assert_array_equal(encoding.indices.ravel(), distances.argmin(1))
+    chex.assert_trees_all_close(changed["codebook"]["usage"], usage.astype(np.float32), rtol=1e-5)
+    variables = {"params": variables["params"], **changed}
+    codes = vq.apply(variables, method="codebook")
+    np.testing.assert_allclose(codes, metric(table), rtol=1e-4, atol=1e-5)
+    _, again = step(variables, z)
+    assert (again["codebook"]["usage"] >= 0.99 * changed["codebook"]["usage"]).all()
+    assert len(set(encoding.indices.ravel().tolist())) >= 2
+    # Evaluation leaves all as it is.
+    _, same = vq.apply(variables, z, mutable=["codebook"])
+    chex.assert_trees_all_equal(same["codebook"], variables["codebook"])
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="Did you mean 'cosine'"):
         VectorQuantizer(8, 4, distance="cosin")
@@ -424,6 +457,8 @@ def test_impossible_settings_are_refused():
         VectorQuantizer(8, 4, update="sgd")
     with pytest.raises(ValueError, match="kmeans_iterations=5 needs update='ema'"):
         VectorQuantizer(8, 4, kmeans_iterations=5)
+    with pytest.raises(ValueError, match="epsilon=0.1 needs update='ema', got 'clustering'"):
+        VectorQuantizer(8, 4, update="clustering", decay=0.9, epsilon=0.1)
     vq = VectorQuantizer(8, 4)
     assert vq.input_channels(4) == 4
     with pytest.raises(ValueError, match="code_dim=4 does not make 5 channels"):

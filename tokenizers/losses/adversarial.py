@@ -119,7 +119,7 @@ def lecam_update(
 ) -> tuple[Array, LeCamState]:
     """`lecam_observe`, then `lecam_penalty` against the anchors just moved, as in VidTok and Open-MAGVIT2.
 
-    Recipes that measure first (TiTok) call the two functions in the other order. The anchors move from the first step,
+    Recipes that measure first use `lecam_of_means`. The anchors move from the first step,
     also while the discriminator waits for its start.
 
     Returns:
@@ -127,6 +127,17 @@ def lecam_update(
     """
     state = lecam_observe(state, real_logits, fake_logits, decay)
     return lecam_penalty(state, real_logits, fake_logits), state
+
+
+def lecam_of_means(
+    state: LeCamState, real_logits: Array, fake_logits: Array, decay: float = 0.999
+) -> tuple[Array, LeCamState]:
+    """TiTok's order: the penalty of the mean logits against the anchors of the steps before; then these move."""
+    penalty = lecam_penalty(state, real_logits.mean(), fake_logits.mean())
+    return penalty, lecam_observe(state, real_logits, fake_logits, decay)
+
+
+LECAM = MappingProxyType({"patches": lecam_update, "means": lecam_of_means})
 
 
 def r1_penalty(discriminator: Callable[[Array], Array], real: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Perceptual losses on frozen networks: LPIPS (https://arxiv.org/abs/1801.03924), VGG content and Gram losses.
+"""Perceptual losses on frozen networks: LPIPS (https://arxiv.org/abs/1801.03924), VGG content and Gram, ConvNeXt.
 
 Every function here takes a frozen network as ``(module, variables)`` and returns pure functions of
 ``(prediction, target)``, images (B, H, W, 3) or videos (B, T, H, W, 3), float in [-1, 1].
@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..networks import convnext
+from ..networks.convnext import ConvNeXt
 from ..networks.lpips import LPIPS
 from ..networks.vgg import VGG16, standardize
 
@@ -74,6 +76,20 @@ def gram_loss(module: VGG16, variables: Any, layer_weights: Sequence[float] = CO
     """``(prediction, target) -> scalar``: the Gram term of `vgg_per_sample`, mean over samples."""
     losses = vgg_per_sample(module, variables, layer_weights)
     return _mean(lambda prediction, target: losses(prediction, target)["gram"])
+
+
+def convnext_loss(module: ConvNeXt, variables: Any) -> Loss:
+    """``(prediction, target) -> scalar``: mean squared difference of the logits (MaskBit, TiTok).
+
+    Images of any size become squares of 224 pixels first.
+    """
+    frozen = _on_device(variables)
+
+    def loss(prediction: Array, target: Array) -> Array:
+        one, other = (module.apply(frozen, convnext.standardize(_frames(pixels))) for pixels in (prediction, target))
+        return jnp.square(one - other).mean()
+
+    return loss
 
 
 def _gram(features: Array) -> Array:

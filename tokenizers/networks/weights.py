@@ -45,6 +45,7 @@ PUBLISHED: dict[str, Published] = {
     "vgg16": _trunk("VGG-16", "vgg16-397923af.pth", "vgg16.pth", "vgg16.safetensors"),
     "alexnet": _trunk("AlexNet", "alexnet-owt-7be5be79.pth", "alexnet.pth", "alexnet.safetensors"),
     "squeezenet1_1": _trunk("SqueezeNet 1.1", "squeezenet1_1-b8a52dc0.pth", "squeezenet1_1.pth"),
+    "convnext_small": _trunk("ConvNeXt-S", "convnext_small-0c510722.pth", "convnext_small.pth"),
     "lpips_vgg": _lin("vgg", "0.1", "d507d7349b931f0638a25a48a722f98a"),
     "lpips_alex": _lin("alex", "0.1"),
     "lpips_squeeze": _lin("squeeze", "0.1"),

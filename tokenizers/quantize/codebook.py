@@ -59,6 +59,30 @@ def moving_average(
     return CodebookState(codes, cluster_size, embed_avg)
 
 
+def clustered(
+    table: Array, usage: Array, rows: Array, indices: Array, anchors: Array, decay: float
+) -> tuple[Array, Array]:
+    """One update of CVQ: codes move to inputs, the further the less they are used.
+
+    (Zheng and Vedaldi, https://arxiv.org/abs/2307.15139, equations 4 and 5, with the constants of the released code.)
+
+    Args:
+      table: codes ``(K, D)``.
+      usage: moving average of the share of inputs that each code gets ``(K,)``; zeros at first.
+      rows: inputs ``(N, D)``.
+      indices: the code of each ``(N,)``.
+      anchors: the input nearest to each code ``(K, D)``.
+      decay: of the average.
+
+    Returns:
+      (codes, usage).
+    """
+    counts, _ = assignment_sums(rows, indices, table.shape[0])
+    usage = decay * usage + (1.0 - decay) * counts / rows.shape[0]
+    pull = jnp.exp(-(usage * table.shape[0] * 10) / (1.0 - decay) - 1e-3)[:, None]
+    return table * (1.0 - pull) + anchors * pull, usage
+
+
 def restart_dead_codes(
     state: CodebookState, rows: Array, key: Array, threshold: float, pick_rows: RowPicker
 ) -> CodebookState:

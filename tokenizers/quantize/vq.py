@@ -14,6 +14,7 @@ from ..types import Encoding
 from .codebook import (
     CodebookState,
     RowPicker,
+    clustered,
     kmeans_state,
     moving_average,
     random_rows,
@@ -25,7 +26,7 @@ from .gradients import ESTIMATORS, unit_norm
 from .nearest import DISTANCES, nearest
 
 Array = jax.Array
-UPDATES = ("gradient", "ema")
+UPDATES = ("gradient", "ema", "clustering")
 COMMITMENTS = ("distance", "cross_entropy")
 _EMA_FIELDS = (
     "decay",
@@ -74,14 +75,18 @@ class VectorQuantizer(nn.Module):
     collection must be mutable then). One call works on the codes before its own update: k-means on the first batch,
     quantization, average, restart.
 
+    ``update="clustering"`` (`codebook.clustered`, TA-TiTok) has a learned codebook whose unused codes also move to
+    inputs. A module cannot change its parameters, so the collection ``codebook`` holds how far they ``moved (K, D)``
+    beside the optimizer's steps, and the ``usage (K,)`` of codes; a code is the sum of parameter and movement.
+
     Attributes:
       codebook_size: K.
       code_dim: D.
       distance: ``euclidean`` or ``cosine``.
-      update: ``gradient`` (parameter ``codebook``) or ``ema``.
+      update: ``gradient`` (parameter ``codebook``), ``ema`` or ``clustering``.
       estimator: ``straight_through`` or ``rotation_trick``: the gradient that z receives from the latents.
       codebook_init: initializer of the table.
-      decay, epsilon: of the moving averages and of the Laplace smoothing of counts.
+      decay, epsilon: of the moving averages and of the Laplace smoothing of counts; clustering has only the first.
       initial_cluster_size: count of every code at the start: 1 as in vector-quantize-pytorch; 0 as in taming, where
         codes that are rarely hit grow large in the first steps.
       debias: both averages start at zero and are corrected for it, as in Sonnet: the initial table leaves no trace, and
@@ -101,7 +106,7 @@ class VectorQuantizer(nn.Module):
       diversity: while training, ``losses["diversity"]`` is minus the entropy of softmax(-distance * diversity),
         averaged over the batch before it is taken and over positions after; 0 leaves it out.
 
-    Those from ``decay`` to ``pick_rows`` are refused with ``update="gradient"``, where the optimizer owns the table.
+    Those from ``decay`` to ``pick_rows`` need ``update="ema"``: elsewhere the optimizer owns the table.
     """
 
     codebook_size: int
@@ -134,13 +139,13 @@ class VectorQuantizer(nn.Module):
         errors.pick("gradient estimator", self.estimator, ESTIMATORS)
         if self.update not in UPDATES:
             raise errors.unknown("codebook update", self.update, UPDATES)
-        if self.update == "gradient":
-            for field in _EMA_FIELDS:
+        if self.update != "ema":
+            for field in _EMA_FIELDS[self.update == "clustering" :]:
                 default = type(self).__dataclass_fields__[field].default
                 if getattr(self, field) != default:
-                    raise ValueError(f"{field}={getattr(self, field)!r} needs update='ema', got update='gradient'.")
+                    raise ValueError(f"{field}={getattr(self, field)!r} needs update='ema', got {self.update!r}.")
         elif self.orthogonal:
-            raise ValueError("orthogonal=True needs update='gradient': moving averages do not follow a gradient.")
+            raise ValueError("orthogonal=True needs a learned codebook: moving averages do not follow a gradient.")
         if self.debias and (self.initial_cluster_size or self.dead_code_threshold or self.kmeans_iterations):
             raise ValueError(
                 "debias=True needs initial_cluster_size=0, dead_code_threshold=0 and kmeans_iterations=0, got "
@@ -150,8 +155,11 @@ class VectorQuantizer(nn.Module):
 
     def setup(self):
         shape = (self.codebook_size, self.code_dim)
-        if self.update == "gradient":
+        if self.update != "ema":
             self.table = self.param("codebook", self.codebook_init, shape, jnp.float32)
+            if self.update == "clustering":
+                self.moved = self.variable("codebook", "moved", jnp.zeros, shape, jnp.float32)
+                self.usage = self.variable("codebook", "usage", jnp.zeros, shape[:1], jnp.float32)
             return
         self.codes = self.variable(
             "codebook",
@@ -176,8 +184,9 @@ class VectorQuantizer(nn.Module):
     def __call__(self, z: Array, train: bool = False) -> Encoding:
         """Quantizes ``z (..., D)``, any float dtype -> float32 codes, int32 indices ``(...)`` and the loss terms."""
         self._check(z.shape)
-        z = to_metric(z.astype(jnp.float32), self.distance)
-        follow = train and self.update == "ema" and not self.is_initializing()
+        inputs, z = z, to_metric(z.astype(jnp.float32), self.distance)
+        training = train and not self.is_initializing()
+        follow = training and self.update == "ema"
         rows = jax.lax.stop_gradient(z).reshape(-1, self.code_dim)
         if follow and self.kmeans_iterations:
             self._store(self._clustered(rows))
@@ -186,21 +195,33 @@ class VectorQuantizer(nn.Module):
         indices = self._sampled(z, table) if train and self.sample_temperature else nearest(z, table, self.distance)
         codes = jnp.take(table, indices, axis=0)
         losses = {"commitment": self._committed(z, table, codes, indices)}
-        if self.update == "gradient":
+        if self.update != "ema":
             losses["codebook"] = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
         if self.orthogonal and train:
-            losses["orthogonality"] = orthogonality(self.table)
+            losses["orthogonality"] = orthogonality(self._learned())
         if self.entropy is not None and train:
             losses["entropy_sample"], losses["entropy_codebook"] = self._entropies(z, table)
         if self.diversity and train:
             losses["diversity"] = self._diversity(z, table)
         if follow:
             self._store(self._averaged(rows, indices.reshape(-1)))
+        if training and self.update == "clustering":
+            self._cluster(jax.lax.stop_gradient(inputs).reshape(rows.shape), rows, indices.reshape(-1))
         return Encoding(latents=ESTIMATORS[self.estimator](z, codes), indices=indices, losses=losses)
 
     def codebook(self) -> Array:
         """The table of codes ``(K, D)``, float32; unit vectors for the cosine distance."""
-        return to_metric(self.table, self.distance) if self.update == "gradient" else self.codes.value
+        return self.codes.value if self.update == "ema" else to_metric(self._learned(), self.distance)
+
+    def _learned(self) -> Array:
+        return self.table + self.moved.value if self.update == "clustering" else self.table
+
+    def _cluster(self, inputs: Array, rows: Array, indices: Array):
+        """``inputs`` are anchors as they come, ``rows`` what distances compare."""
+        anchors = inputs.astype(jnp.float32)[nearest(self.codebook(), rows, self.distance)]
+        table, usage = jax.lax.stop_gradient(self._learned()), self.usage.value
+        table, self.usage.value = clustered(table, usage, rows, indices, anchors, self.decay)
+        self.moved.value = table - jax.lax.stop_gradient(self.table)
 
     def indices_to_codes(self, indices: Array) -> Array:
         """int ``(...)`` in [0, K) -> float32 codes ``(..., D)``; NaN where an index is out of range."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import errors
 from ..losses import alignment, consistency, flow, perceptual, reconstruction
-from ..networks import foundation, lpips, raft, vgg
+from ..networks import convnext, foundation, lpips, raft, vgg
 from ..types import Spec
 
 Metrics = dict[str, jax.Array]
@@ -189,6 +189,9 @@ def build(config: Mapping, spec: Spec | None = None) -> Objective:
         net = errors.pick("perceptual loss", config["perceptual"], {"lpips_vgg": "vgg", "lpips_alex": "alex"})
         distance, frozen["lpips"] = lpips.load(config["perceptual_path"] or None, net)
         terms.append(Term("lpips", config["perceptual_weight"], _with(perceptual.lpips_loss, distance), "lpips"))
+    if config["convnext_weight"]:
+        classes, frozen["convnext"] = convnext.load(config["convnext_path"] or None)
+        terms.append(Term("convnext", config["convnext_weight"], _with(perceptual.convnext_loss, classes), "convnext"))
     if config["content_weight"] or config["gram_weight"]:
         features, frozen["vgg"] = vgg.load(config["vgg_path"] or None)
         layers = tuple(config["vgg_layers"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ def _adamw(config, rate):
         b2=config["b2"],
         eps=config["eps"],
         weight_decay=config["weight_decay"],
-        mask=errors.pick("set of parameters that weight decay acts on", config["decay"], DECAYED),
+        mask=_decayed(config["decay"], tuple(config["undecayed"])),
     )
 
 
@@ -65,7 +65,22 @@ def _kernels(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: path_name(path).endswith("kernel"), params)
 
 
-DECAYED = {"kernels": _kernels, "all": None}
+def _everything(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: True, params)
+
+
+DECAYED = {"kernels": _kernels, "all": _everything}
+
+
+def _decayed(kind: str, except_for: tuple[str, ...]) -> Callable[[Any], Any]:
+    """``params -> tree of bools``: which of them decay."""
+    chosen = errors.pick("set of parameters that weight decay acts on", kind, DECAYED)
+
+    def mask(params: Any) -> Any:
+        matched = _matches(params, except_for, "undecayed")
+        return jax.tree.map(lambda decays, match: decays and not match, chosen(params), matched)
+
+    return mask
 
 
 def make(config: Mapping, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -73,8 +88,8 @@ def make(config: Mapping, steps: int) -> tuple[optax.GradientTransformation, opt
 
     Args:
       config: ``name`` (adam, adamw), the fields of `schedule`, ``b1``, ``b2``, ``eps``, ``weight_decay``,
-        ``decay`` (what that acts on: kernels, all), ``clip`` (largest global gradient norm; 0 = no clipping),
-        ``frozen`` (regular expressions over parameter paths).
+        ``decay`` (what that acts on: kernels, all) but for ``undecayed`` (regular expressions over parameter paths),
+        ``clip`` (largest global gradient norm; 0 = no clipping), ``frozen`` (likewise expressions).
       steps: length of the run.
     """
     make_step = errors.pick("optimizer", config["name"], OPTIMIZERS)
@@ -96,17 +111,22 @@ def hold(params: Any, frozen: tuple[str, ...]) -> Any:
     """The same parameters, of which those that match ``frozen`` pass no gradient: nothing of it is computed."""
     if not frozen:
         return params
-    labels = _labels(params, frozen)
-    return jax.tree.map(lambda p, label: jax.lax.stop_gradient(p) if label == "freeze" else p, params, labels)
+    held = _matches(params, frozen, "frozen")
+    return jax.tree.map(lambda p, match: jax.lax.stop_gradient(p) if match else p, params, held)
 
 
 def _labels(params: Any, frozen: tuple[str, ...]) -> Any:
+    return jax.tree.map(lambda match: "freeze" if match else "train", _matches(params, frozen, "frozen"))
+
+
+def _matches(params: Any, patterns: tuple[str, ...], field: str) -> Any:
+    """Which parameters one of the patterns describes; each must describe some."""
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for pattern in frozen:
+    for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
-            raise ValueError(f"optimizer.frozen pattern {pattern!r} matches no parameter, e.g. {names[:3]}.")
+            raise ValueError(f"optimizer.{field} pattern {pattern!r} matches no parameter, e.g. {names[:3]}.")
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: "freeze" if any(re.search(p, path_name(path)) for p in frozen) else "train", params
+        lambda path, _: any(re.search(pattern, path_name(path)) for pattern in patterns), params
     )
 
 
@@ -122,4 +142,5 @@ def ema_update(ema: Any, params: Any, decay: float, step: jax.Array, warmup: boo
     """
     count = (step + 1).astype(jnp.float32)
     rate = jnp.minimum(decay, (1 + count) / (10 + count)) if warmup else jnp.float32(decay)
-    return optax.incremental_update(params, ema, 1 - rate)
+    # Written as a difference: the average of a parameter that stays as it is keeps every bit.
+    return jax.tree.map(lambda average, new: average + (1 - rate) * (new - average), ema, params)

@@ -43,6 +43,7 @@ class Adversary:
       start: first step whose discriminator is trained.
       generator_start: first step whose generator sees the discriminator.
       lecam_weight, lecam_decay: LeCam regularization; weight 0 leaves it out.
+      lecam: ``(state, real logits, fake logits, decay) -> (penalty, state)``, of `adversarial.LECAM`.
       feature_matching_weight: of the distance of its hidden features, added to ``generator_loss``.
       r1_weight, r1_every: gradient penalty on real pixels, every so many steps; weight 0 leaves it out.
       ema_decay: of an average of its parameters; 0 keeps none.
@@ -72,6 +73,7 @@ class Adversary:
     runs: bool = True
     ramp: int = 0
     network: str = ""
+    lecam: Callable = adversarial.lecam_update
 
     def seen(self, step: jax.Array) -> jax.Array:
         """How much of the adversarial loss the generator sees at that step, in [0, 1]."""
@@ -394,7 +396,7 @@ def _discriminator_pass(adversary: Adversary, opponent: AdversaryState, frozen, 
         real_logits, _, statistics = _discriminate(adversary, params, opponent.statistics, frozen, real)
         fake_logits, _, statistics = _discriminate(adversary, params, statistics, frozen, fake)
         value = adversary.discriminator_loss(real_logits, fake_logits)
-        penalty, lecam = adversarial.lecam_update(opponent.lecam, real_logits, fake_logits, adversary.lecam_decay)
+        penalty, lecam = adversary.lecam(opponent.lecam, real_logits, fake_logits, adversary.lecam_decay)
         value = adversary.factor * (value + adversary.lecam_weight * penalty)
         if adversary.r1_weight:
             value = value + _r1(adversary, params, statistics, frozen, real, step)
