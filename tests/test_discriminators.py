@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from reference import Case, cases, relative_l2
 
+from tokenizers.discriminators.blur import blur_2d
 from tokenizers.discriminators.patchgan import PatchDiscriminator, patchgan_2d, patchgan_3d
 
 # Summation orders differ in float32. Observed on CPU: outputs 2e-6, gradients 9e-5.
@@ -250,3 +251,46 @@ def test_wrong_pixels_and_names_are_refused():
         patchgan_2d(layers=0)
     with pytest.raises(ValueError, match="one stride of 2 or 3 numbers per width"):
         shapes(PatchDiscriminator((4, 8), ((2, 2),), kernel=4), images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases("magvit2", "disc_patchgan[23]d.*"))
+def test_open_magvit2_discriminators_have_the_same_slope(name):
+    case = Case("magvit2", name)
+    module, pixels = discriminator_of(case), case.input("x")
+    variables = from_official(module, case.weights(), pixels)
+
+    def mean_logit(pixels):
+        return module.apply(variables, pixels, train=True, mutable=["batch_stats"])[0].mean()
+
+    gradient = jax.jit(jax.grad(mean_logit))(pixels)
+    expected = case.outputs["grad_of_mean_logit_wrt_input"]
+    assert relative_l2(gradient.ravel()[: expected.size].reshape(expected.shape), expected) < GRADIENT
+
+
+@pytest.mark.parametrize("name", cases("magvit2", "disc_blur_maskbit"))
+def test_blur_discriminator_agrees_with_the_original(name):
+    case = Case("magvit2", name)
+    config, pixels, weights = case.meta["config"], case.input("x"), case.weights()
+    module = blur_2d(width=config["hidden_channels"], layers=config["num_stages"])
+    places = {"conv_in": "block_in.0", "conv_mid": "to_logits.0", "conv_out": "to_logits.2"}
+    for stage in range(config["num_stages"]):
+        places |= {f"conv_{stage}": f"blocks.{stage}.0", f"norm_{stage}": f"blocks.{stage}.2"}
+    params = {}
+    for layer, official in places.items():
+        kernel = np.moveaxis(weights[f"{official}.weight"], (0, 1), (-1, -2)) if "conv" in layer else None
+        scale = {"scale": weights[f"{official}.weight"]} if kernel is None else {"kernel": kernel}
+        params[layer] = scale | {"bias": weights[f"{official}.bias"]}
+    shapes = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
+
+    def mean_logit(pixels):
+        logits = module.apply({"params": params}, pixels)
+        return logits.mean(), logits
+
+    gradient, logits = jax.jit(jax.grad(mean_logit, has_aux=True))(pixels)
+    assert relative_l2(logits, case.outputs["logits"]) < OUTPUT
+    expected = case.outputs["grad_of_mean_logit_wrt_input"]
+    assert relative_l2(gradient.ravel()[: expected.size].reshape(expected.shape), expected) < GRADIENT
+    with pytest.raises(ValueError, match="blur_2d has group norms"):
+        blur_2d(norm="batch")

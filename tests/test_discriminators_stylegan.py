@@ -10,7 +10,15 @@ import pytest
 import refweights
 from reference import Case, cases, relative_l2
 
-from tokenizers.discriminators.stylegan import StyleDiscriminator, blur_down, mean_down, stylegan_2d
+from tokenizers.discriminators.stylegan import (
+    StyleDiscriminator,
+    StyleDiscriminator3d,
+    blur_down,
+    mean_down,
+    mean_down_3d,
+    stylegan_2d,
+    stylegan_3d,
+)
 from tokenizers.losses.adversarial import DISCRIMINATOR, GENERATOR, r1_penalty
 
 # Summation orders differ in float32. Observed on CPU: outputs 1e-6, gradients 1e-5.
@@ -125,3 +133,47 @@ def test_frames_of_clips_are_images():
     clip = jnp.zeros((2, 3, 8, 8, 3))
     logits = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), clip)[0])
     assert logits.shape == (6, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases("magvit2", "magvit1_stylegan3d_disc_.*"))
+def test_clips_are_judged_as_by_magvit(name):
+    case = Case("magvit2", name)
+    config, expected = case.meta["config"]["discriminator"], case.outputs
+    module = StyleDiscriminator3d(config["filters"], tuple(config["channel_multipliers"]))
+    params = {}
+    for flax, shape, _ in case.meta["state_dict"]:
+        layer, kind = place(flax.replace(".", "/"))
+        torch_shape = (shape[-1], shape[-2], *shape[:-2]) if kind == "kernel" else shape
+        value = refweights.weight(flax, tuple(torch_shape))
+        params.setdefault(layer, {})[kind] = np.moveaxis(value, (0, 1), (-1, -2)) if kind == "kernel" else value
+    real, fake = (2 * case.input(key) - 1 for key in ("video", "fake"))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), real)["params"]
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
+    judge = functools.partial(module.apply, {"params": params})
+
+    @jax.jit
+    def judged(real, fake):
+        # Theirs is for clips in [0, 1], which are (x + 1) / 2.
+        return judge(real), judge(fake), 4 * 10 * r1_penalty(judge, real)
+
+    real_logits, fake_logits, penalty = judged(real, fake)
+    np.testing.assert_allclose(real_logits, expected["real_logit"], rtol=OUTPUT, atol=1e-6)
+    np.testing.assert_allclose(fake_logits, expected["fake_logit"], rtol=OUTPUT, atol=1e-6)
+    np.testing.assert_allclose(penalty, expected["r1_penalty(cost 10)"], rtol=GRADIENT)
+
+
+def test_blocks_of_clips_round_up():
+    # 16 frames of 128 x 128 through five blocks: 1 x 4 x 4 positions.
+    module = stylegan_3d(8)
+    clip = jax.ShapeDtypeStruct((2, 16, 128, 128, 3), jnp.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), clip)["params"]
+    assert shapes["dense1"]["kernel"].shape == (4 * 4 * 32, 32)
+    x = refweights.uniform("stylegan3d", (1, 3, 4, 2, 2))
+    down = mean_down_3d(x)
+    np.testing.assert_allclose(down[0, 0, 1, 0], x[0, :2, 2:4].mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(down[0, 1, 1, 0], x[0, 2, 2:4].mean((0, 1)), rtol=1e-5)
+    with pytest.raises(ValueError, match="takes pixels"):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    with pytest.raises(ValueError, match="at least one block"):
+        stylegan_3d(layers=0)
