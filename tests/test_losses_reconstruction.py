@@ -21,6 +21,7 @@ FORMULAS = {
     "l1": lambda d: np.mean(np.abs(d)),
     "l2": lambda d: np.mean(d**2),
     "charbonnier": lambda d: np.mean(np.sqrt(d**2 + 1e-6)),
+    "smooth_l1": lambda d: np.mean(np.where(abs(d) < 0.05, d**2 / 0.1, abs(d) - 0.025)),
 }
 
 

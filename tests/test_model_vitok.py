@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import refweights
+import vitok_training
 from reference import Case, cases, relative_l2
 
 import tokenizers
@@ -110,6 +111,13 @@ def test_official_configs_that_mean_something_else_are_refused():
     for key, value in (("head_dim", 8), ("use_t5_mlp", False), ("posemb", "sincos2d"), ("kv_groups", 4)):
         with pytest.raises(ValueError, match=f"unknown {key}"):
             fields({**naflex, "decoder_image": {**naflex["decoder_image"], key: value}})
+
+
+@pytest.mark.slow  # half a minute each: LPIPS and a discriminator, forward and backward
+@pytest.mark.parametrize("name", cases("vitok", "train_.*"))
+def test_training_steps_are_the_official_ones(name):
+    """Every loss, gradients of both networks, parameters after AdamW."""
+    vitok_training.check(Case("vitok", name), {})
 
 
 # What holds without the originals ------------------------------------------------------------------------------------

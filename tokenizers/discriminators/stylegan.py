@@ -44,11 +44,13 @@ class StyleDiscriminator(nn.Module):
     Attributes:
       width: channels for images of 256 x 256; every halving doubles them, up to 512 and to 8 times as many.
       blur: halve through a binomial filter; otherwise through means.
+      centered: judge pixels as they are; otherwise in [0, 1], as MaskGIT does, whose borders of zeros are black.
       dtype: compute dtype; parameters and logits are float32.
     """
 
     width: int = 64
     blur: bool = True
+    centered: bool = False
     dtype: Any = jnp.float32
 
     def __call__(self, pixels: Array, train: bool = False) -> Array:
@@ -65,7 +67,8 @@ class StyleDiscriminator(nn.Module):
                 f"a StyleGAN discriminator takes square images whose side is a power of two, at least {2 * _SMALLEST}; "
                 f"got pixels of shape {pixels.shape}."
             )
-        x = (constrain(x, *_AXES).astype(self.dtype) + 1) / 2  # the authors' images are in [0, 1]
+        x = constrain(x, *_AXES).astype(self.dtype)
+        x = x if self.centered else (x + 1) / 2
         x = _activate(self._conv(self._channels(size), 3, "conv_in")(x))
         found = []
         for block in range(int(math.log2(size // _SMALLEST))):
