@@ -109,7 +109,7 @@ class Training:
                 weight=constant_weight(given["discriminator"]),
                 factor=1.0,
                 start=given["start_gen_loss"],
-                generator_start=given["start_gen_loss"],
+                generator_start=given["start_gen_loss"] + 1,
                 ramp=given["gen_loss_warmup_steps"],
                 lecam_weight=0.0,
                 lecam_decay=0.999,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import convert, registry, streaming, tiling
+from . import captions, convert, registry, streaming, tiling
 from . import pixels as pixel_values
 from .parallel import mesh as meshes
 from .parallel import platform, rules
@@ -156,6 +156,48 @@ class Tokenizer:
         """
         return streaming.decode(self.module, self.name, self._run, chunks)
 
+    def features(self, pixels, layers: Sequence[int] = (-1,), bottleneck: bool = False) -> list[tuple[Array, Array]]:
+        """What an encoder that understands (VTP) has found behind some of its layers, float32.
+
+        Args:
+          pixels: images ``(B, H, W, 3)`` as in `encode`, of sizes that fit.
+          layers: their numbers, from 0 or back from -1. Each passes the encoder's final norm.
+          bottleneck: in the channels of the latents instead of the encoder's own.
+
+        Returns:
+          ``[(class token (B, D), patch tokens (B, h, w, D)), ...]``, one pair per layer.
+        """
+        return self._run(_features, tuple(layers), bool(bottleneck), self._understood(pixels))
+
+    def image_embedding(self, pixels) -> Array:
+        """Images ``(B, H, W, 3)`` in the space that they share with texts: ``(B, E)``, of length 1 (VTP)."""
+        return self._run(_image_embedding, self._understood(pixels))
+
+    def text_embedding(self, texts) -> Array:
+        """Texts, strings or token ids ``(B, L)``, in the space that they share with images: ``(B, E)``, of length 1."""
+        self._check_understands()
+        if hasattr(texts, "shape"):
+            ids = _as_array(texts)
+        else:
+            texts = [texts] if isinstance(texts, str) else list(texts)
+            ids = captions.token_ids(texts, self.module.text_length) if isinstance(texts[0], str) else np.asarray(texts)
+        if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim != 2:
+            raise ValueError(f"texts are strings, or integer token ids (B, L); got {ids.dtype} of shape {ids.shape}.")
+        return self._run(_text_embedding, ids)
+
+    def _understood(self, pixels) -> Array:
+        self._check_understands()
+        pixels = _as_array(pixels)
+        pixel_values.check(pixels, self.spec.channels)
+        if len(pixels.shape) != 4:
+            raise ValueError(f"features are those of images (B, H, W, 3); got shape {tuple(pixels.shape)}.")
+        pixel_values.fitted(self.spec, _input_size(self.module), tuple(pixels.shape), strict=True)
+        return pixels
+
+    def _check_understands(self) -> None:
+        if not hasattr(self.module, "image_features"):
+            raise ValueError(f"{self.name} has latents alone; features and embeddings are those of VTP models.")
+
     def shard(self, mesh: Mesh) -> Tokenizer:
         """The same tokenizer over a mesh: large parameters over fsdp, inputs over batch and the context axis."""
         variables = dict(self.variables)
@@ -251,6 +293,25 @@ def _decode(module: nn.Module, variables, text, latents) -> Array:
     if extra < 0 and module.spec.fills_front:
         decoded = decoded[:, -1:]
     return _unfolded(decoded, extra, latents.shape).astype(jnp.float32)
+
+
+@functools.partial(platform.jit, static_argnums=(0, 2, 3))
+def _features(module: nn.Module, variables, layers, bottleneck, pixels) -> list[tuple[Array, Array]]:
+    return module.apply(variables, pixel_values.to_float(pixels), layers, bottleneck, method="features")
+
+
+@functools.partial(platform.jit, static_argnums=0)
+def _image_embedding(module: nn.Module, variables, pixels) -> Array:
+    return _unit_length(module.apply(variables, pixel_values.to_float(pixels), method="image_features"))
+
+
+@functools.partial(platform.jit, static_argnums=0)
+def _text_embedding(module: nn.Module, variables, ids) -> Array:
+    return _unit_length(module.apply(variables, ids, method="text_features"))
+
+
+def _unit_length(x: Array) -> Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 @functools.partial(platform.jit, static_argnums=0)
