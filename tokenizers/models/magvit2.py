@@ -235,6 +235,7 @@ class Model(nn.Module):
     @property
     def spec(self) -> Spec:
         family, side = errors.pick("family", self.family, dict(FAMILIES)), 2 ** (len(self.multipliers) - 1)
+        sizes = getattr(self.bottleneck, "codebook_sizes", ())
         return Spec(
             compression=(2 ** len(self.time_levels) if family.video else 1, side, side),
             latent_channels=self.latent_channels,
@@ -244,7 +245,7 @@ class Model(nn.Module):
             last_layer="decoder/conv_out/kernel",
             first_frame_alone=family.video,
             codebooks=getattr(self.bottleneck, "codebooks", 1),
-            codebook_sizes=getattr(self.bottleneck, "codebook_sizes", ()),
+            codebook_sizes=sizes if len(sizes) > 1 else (),
             channels=self.pixel_channels,
         )
 
