@@ -10,8 +10,10 @@ import pytest
 import refweights
 import vitok_training
 from reference import Case, cases, relative_l2
+from test_train_sharding import same, trained
 
 import tokenizers
+from configs import vitok_image
 from tokenizers import registry
 from tokenizers.models import vitok
 
@@ -158,3 +160,17 @@ def test_training_cuts_codes_at_the_lengths_it_is_given():
     kept = np.any(np.asarray(latents.latents) != np.asarray(variables["params"]["mask_token"]), axis=-1)
     assert set(kept.sum(-1).tolist()) == {2, 4}
     np.testing.assert_array_equal(kept, np.arange(6) < kept.sum(-1, keepdims=True))
+
+
+@pytest.mark.slow  # compiles the step twice
+def test_eight_devices_that_share_the_scanned_layers_train_as_one():
+    def config():
+        config = vitok_image.get_config("smoke")
+        config.model.remat, config.precision = "dots", "float32"
+        return config
+
+    alone, _ = trained(config(), jax.devices()[:1], {"data": 1}, 1, 32)
+    shared, state = trained(config(), jax.devices(), {"data": 1, "fsdp": 8}, 1, 32)
+    same(shared, alone)
+    layers = state.params["model"]["decode_codes"]["transformer"]["layers"]
+    assert any("fsdp" in leaf.sharding.spec for leaf in jax.tree.leaves(layers))
