@@ -605,4 +605,4 @@ def test_compute_in_bfloat16_keeps_float32_at_both_ends():
 def test_one_latent_position_is_refused():
     module = registry.build("magvit2", **TINY | CODES)
     with pytest.raises(ValueError, match="variance of at least 2 latent positions"):
-        jax.eval_shape(module.apply, registry.abstract_variables(module), np.zeros((1, 4, 4, 3), np.float32))
+        jax.eval_shape(module.apply, registry.abstract_variables(module), np.zeros((1, 2, 2, 3), np.float32))
