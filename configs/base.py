@@ -19,7 +19,7 @@ def optimizer(**changes) -> ConfigDict:
     config = ConfigDict()
     config.name = "adam"  # adam, adamw
     config.lr = 1e-4
-    config.schedule = "constant"  # constant, cosine, linear, steps
+    config.schedule = "constant"  # constant, cosine, linear, steps; cosine_all: warm-up is part of it (timm)
     config.warmup = 0  # steps of linear warm-up
     config.warmup_from = placeholder(float)  # fraction of lr at its first step; None = 1 / (warmup + 1)
     config.flat = 0  # steps between warm-up and fall (cosine, linear)
@@ -55,6 +55,8 @@ def stream(**changes) -> ConfigDict:
     config.resolutions = ((64, 64),)  # (height, width) of each bucket
     config.batch_size = 16  # global
     config.weight = 1.0  # share of the steps
+    config.source = ""  # of its own; "" = those above
+    config.path = ""
     config.fps = 0.0  # 0 = the clip's own
     config.stride = 1
     config.sampling = "time"  # which frames: time (nearest in time), spread (VidTok's rule, tokenizers/data/decode.py)
@@ -143,8 +145,8 @@ def get_base() -> ConfigDict:
     config.schedules = ConfigDict({"loss": {}, "model": {}})  # by term of loss.bottleneck; by field, e.g. temperature
 
     config.discriminator = ConfigDict()
-    # patchgan_2d, patchgan_3d, blur_2d, maskbit_2d, stylegan_2d, stylegan_3d, dino_2d (channels=0: those of the
-    # network); None = no adversarial loss
+    # patchgan_2d, patchgan_3d, blur_2d, maskbit_2d, stylegan_2d, stylegan_3d, tats_2d, tats_3d, dino_2d
+    # (channels=0: those of the network); None = no adversarial loss
     config.discriminator.name = placeholder(str)
     config.discriminator.network = "dinov2_small"  # frozen, of dino_2d: dinov2_small, dinov2_base, dinov2_large
     config.discriminator.path = ""  # its weight file; default: $TOKENIZERS_WEIGHTS
@@ -153,6 +155,7 @@ def get_base() -> ConfigDict:
     config.discriminator.norm = "batch"  # batch, actnorm, group, none
     config.discriminator.generator_loss = "hinge"  # hinge, vanilla, non_saturating
     config.discriminator.discriminator_loss = "hinge"
+    config.discriminator.clips_only = False  # True: batches of images do not see it (OmniTokenizer)
     config.discriminator.start = 0  # first step that trains it
     config.discriminator.generator_start = 0  # first step whose generator sees it
     config.discriminator.ramp = 0  # steps from there on over which its part in the generator's loss grows to all of it

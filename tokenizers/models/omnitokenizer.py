@@ -5,7 +5,7 @@ The first frame and every few frames after it are cut into patches. The encoder 
 of unit vectors, or samples of a Gaussian. An image is a clip of one frame.
 
 It is trained in stages: images at one size; then images and video in turn at several sizes; then, as a VAE, the same
-with another bottleneck. `inflated` brings the patches of one frame to those of several.
+with another bottleneck. `next_stage` brings the weights of one to the next.
 
 The released weights are not causal, although their attention and convolutions are: over time, the convolutions that
 tell positions read an array whose axes are mixed up (``layout="scrambled"``). ``layout="grid"`` is what the paper
@@ -283,6 +283,72 @@ class Model(nn.Module):
     def __call__(self, pixels: Array, train: bool = False) -> tuple[Array, Encoding]:
         encoding = self.encode(pixels, train)
         return self.decode(encoding.latents, train), encoding
+
+
+# ------------------------------------------------------------------------------------------------- from stage to stage
+
+
+def next_stage(before: Mapping[str, Any], after: Mapping[str, Any], strategy: str = "average") -> dict[str, Any]:
+    """Parameters to start a stage with.
+
+    Args:
+      before: parameters of the stage before.
+      after: parameters of the next stage's model, whose own stay where its network is another one (codes of a VAE).
+      strategy: how patches of several frames follow from those of one, where their sizes differ: see `inflated`.
+    """
+    found = _merged(before, after)
+    for part, layers in (("to_tokens", ("norm_in", "dense", "norm_out")), ("to_pixels", ("",))):
+        names = [(f"first_{layer}".rstrip("_"), f"rest_{layer}".rstrip("_")) for layer in layers]
+        if any(_shapes(before[part][rest]) != _shapes(after[part][rest]) for _, rest in names):
+            found[part] = dict(found[part]) | inflated(before[part], after[part], names, strategy)
+    return found
+
+
+def inflated(
+    before: Mapping[str, Any], after: Mapping[str, Any], names: list[tuple[str, str]], strategy: str = "average"
+) -> dict[str, Any]:
+    """Layers of patches of several frames, made of those of one (the authors' ``inflate_gen``).
+
+    What a patch of p frames has more of is repeated p times: ``average`` divides by p, ``first`` keeps the numbers in
+    the first place and has zeros in the others.
+
+    Args:
+      before: layers of one frame, of the stage before.
+      after: of the next stage: their shapes.
+      names: of the layers of one and of several frames.
+      strategy: one of `STRATEGIES`.
+    """
+    share = pick("strategy of inflation", strategy, STRATEGIES)
+
+    def repeated(one: Array, shape: tuple[int, ...]) -> Array:
+        longer = [axis for axis, (a, b) in enumerate(zip(one.shape, shape, strict=True)) if a != b]
+        if not longer:
+            return one
+        parts = share(shape[longer[0]] // one.shape[longer[0]])
+        return jnp.concatenate([one * part for part in parts], axis=longer[0])
+
+    return {
+        rest: {leaf: repeated(before[first][leaf], value.shape) for leaf, value in after[rest].items()}
+        for first, rest in names
+    }
+
+
+# Factors of the repetitions.
+STRATEGIES = {"average": lambda count: [1 / count] * count, "first": lambda count: [1.0] + [0.0] * (count - 1)}
+
+
+def _merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """``after`` with the arrays of ``before`` where both have one of that name and shape."""
+    return {
+        name: _merged(before.get(name, {}), value)
+        if isinstance(value, Mapping)
+        else (before[name] if name in before and before[name].shape == value.shape else value)
+        for name, value in after.items()
+    }
+
+
+def _shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in tree.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ variants

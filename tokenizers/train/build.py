@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from .. import api, errors, loading, pixels, registry
-from ..discriminators import blur, dino, patchgan, stylegan
+from ..discriminators import blur, dino, patchgan, stylegan, tats
 from ..losses import adversarial, balance, equivariance
 from ..networks import foundation
 from ..parallel import platform, rules
@@ -45,6 +45,8 @@ _DISCRIMINATORS = {
     "maskbit_2d": _trained(blur.maskbit_2d),
     "stylegan_2d": _trained(stylegan.stylegan_2d),
     "stylegan_3d": _trained(stylegan.stylegan_3d),
+    "tats_2d": _trained(tats.tats_2d),
+    "tats_3d": _trained(tats.tats_3d),
     "dino_2d": _dino,
 }
 
@@ -140,6 +142,7 @@ def _adversary(config: Mapping, dtype) -> tuple[Adversary | None, Any]:
         leads=part["leads"],
         ramp=part["ramp"],
         network="" if network is None else "discriminator",
+        clips_only=part["clips_only"],
     )
     return adversary, network
 

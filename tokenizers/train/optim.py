@@ -21,11 +21,17 @@ def schedule(config: Mapping, steps: int) -> optax.Schedule:
       config: ``lr``, ``warmup`` (steps), ``warmup_from`` (fraction of ``lr`` at the first step; ``None`` is one step of
         the way), ``schedule``, ``flat`` (steps behind the warm-up before the fall of cosine and linear), ``end``
         (fraction of ``lr`` reached at the last step), ``drops`` (steps at which it falls to a tenth, for ``steps``).
+        ``cosine_all`` is half a cosine over the whole run whose beginning the warm-up, from 0, takes the place of
+        (timm's ``CosineLRScheduler`` as it is by default).
       steps: length of the run.
     """
     lr, warmup, end, flat = config["lr"], config["warmup"], config["end"], config["flat"]
     if (config["schedule"] == "steps") != bool(config["drops"]):
         raise ValueError(f"drops={tuple(config['drops'])} go with schedule='steps', not {config['schedule']!r}.")
+    if config["schedule"] == "cosine_all":
+        whole = optax.cosine_decay_schedule(lr, max(steps, 1), alpha=end)
+        # After the run as well, where a warm-up as long as the run has ended.
+        return lambda step: jnp.where(step < warmup, lr * step / max(warmup, 1), whole(step))
     rest = max(steps - warmup - flat, 1)
     kinds = {
         "constant": optax.constant_schedule(lr),
@@ -33,7 +39,7 @@ def schedule(config: Mapping, steps: int) -> optax.Schedule:
         "cosine": optax.cosine_decay_schedule(lr, rest, alpha=end),
         "linear": optax.linear_schedule(lr, lr * end, rest),
     }
-    after = errors.pick("learning-rate schedule", config["schedule"], kinds)
+    after = errors.pick("learning-rate schedule", config["schedule"], kinds | {"cosine_all": None})
     if flat and config["schedule"] in ("cosine", "linear"):
         after = optax.join_schedules([optax.constant_schedule(lr), after], [flat])
     if not warmup:

@@ -47,6 +47,7 @@ class Adversary:
       feature_matching_weight: of the distance of its hidden features, added to ``generator_loss``.
       r1_weight, r1_every: gradient penalty on real pixels, every so many steps; weight 0 leaves it out.
       ema_decay: of an average of its parameters; 0 keeps none.
+      clips_only: batches of single frames do without it.
       fresh_forward: run the generator again, with its updated parameters, for the discriminator's loss (VQGAN);
         otherwise the reconstruction of the generator's pass serves both (VidTok).
       leads: its turn comes first, and the generator's pass faces the updated discriminator (IBQ).
@@ -70,6 +71,7 @@ class Adversary:
     ema_decay: float
     fresh_forward: bool
     leads: bool = False
+    clips_only: bool = False
     runs: bool = True
     ramp: int = 0
     network: str = ""
@@ -117,13 +119,14 @@ class Recipe:
         return recipe
 
 
-def make_step(recipe: Recipe) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]:
+def make_step(given: Recipe) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]:
     """``step(state, frozen, pixels) -> (state, metrics)``; pixels uint8 or float ``(B, T, H, W, C)``.
 
     A step whose loss or gradient is not finite changes nothing but the counters.
     """
 
     def step(state: TrainState, frozen, pixels):
+        recipe = _for_frames(given, pixels.shape[1])
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
         micro = _split(pixels, recipe.accumulate)
         new, metrics = _update(recipe, state, frozen, micro, key)
@@ -143,6 +146,14 @@ def make_step(recipe: Recipe) -> Callable[[TrainState, Any, jax.Array], tuple[Tr
         return new, metrics
 
     return step
+
+
+def _for_frames(recipe: Recipe, frames: int) -> Recipe:
+    """The recipe of the program for batches of that many frames."""
+    adversary = recipe.adversary
+    if adversary is None or frames > 1 or not adversary.clips_only:
+        return recipe
+    return dataclasses.replace(recipe, adversary=dataclasses.replace(adversary, runs=False))
 
 
 def _split(pixels: jax.Array, parts: int) -> jax.Array:

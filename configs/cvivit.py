@@ -1,0 +1,59 @@
+"""C-ViViT, the tokenizer of Phenaki (https://arxiv.org/abs/2210.02399): 11 frames of 128x128 as 1,536 tokens of 8,192.
+
+    python train.py --config=configs/cvivit.py --config.data.path=<videos>
+
+Nobody published the recipe, weights or a cost. Losses, optimizer and weights are those of lucidrains/phenaki-pytorch,
+written for one GPU; batch 64 and 500,000 steps are a guess. Theirs sees pixels in [0, 1]: its L2 is a quarter of ours.
+Its perceptual loss compares the last features of VGG16 in one frame, its discriminator is a small StyleGAN with a
+gradient penalty; here they are LPIPS and StyleGAN2's with a penalty on real frames. The paper has LFQ's place taken by
+VQ; that code has LFQ. LPIPS needs its weight files (docs/convert_weights.md).
+"""
+
+from configs import base
+
+
+def get_config(arg=None):
+    config = base.get_base()
+    config.steps = 500_000
+    config.ema_decay = 0.9999
+    config.model.name = "cvivit-phenaki"
+    config.model.remat = True
+
+    config.optimizer = base.optimizer(lr=3e-4, b1=0.9, b2=0.99, clip=0.5)
+    config.loss.reconstruction = "l2"
+    config.loss.reconstruction_weight = 0.25
+    config.loss.perceptual = "lpips_vgg"
+    config.loss.perceptual_weight = 0.1
+    config.loss.bottleneck.commitment = 0.0
+    config.loss.bottleneck.entropy_sample = 0.1
+    config.loss.bottleneck.entropy_codebook = -0.1
+
+    config.discriminator.name = "stylegan_2d"
+    config.discriminator.layers = 0
+    config.discriminator.norm = "none"
+    config.discriminator.weight = 0.1
+    config.discriminator.adaptive = False
+    config.discriminator.r1_every = 1
+    config.discriminator.r1_weight = 40.0  # 10 for pixels in [0, 1], whose gradients are twice as large
+    config.discriminator.optimizer = base.optimizer(lr=3e-4, b1=0.9, b2=0.99, clip=0.0)
+
+    config.data = base.data(source="videos", path="data/videos/train", held_out="0.01")
+    config.data.streams["video"] = base.stream(frames=11, batch_size=64, resolutions=((128, 128),))
+    config.evaluation.every = config.checkpoint.every = 10_000
+    if arg == "smoke":  # half a minute, on embedded photographs that a virtual camera moves, without LPIPS' weights
+        config.steps = 40
+        config.loss.perceptual = None
+        bits = {"name": "lfq", "bits": 10, "bit_order": "big", "entropy": "clamped"}
+        config.model.update({"bottleneck": bits, "latent_channels": 10, "patch": (2, 4, 4), "width": 64})
+        config.model.update({"spatial_depth": 1, "temporal_depth": 1, "heads": 2, "head_dim": 32, "remat": False})
+        config.optimizer.update({"lr": 2e-3, "warmup": 4})
+        config.discriminator.update({"channels": 4, "start": 30, "generator_start": 35})
+        config.data.update({"source": "embedded", "path": "", "held_out": "0.1", "virtual_camera": True})
+        config.data.streams.video.update({"frames": 5, "batch_size": 8, "resolutions": ((32, 32),)})
+        config.ema_decay = 0.9
+        config.log.every = 5
+        config.evaluation.update({"every": 20, "max_items": 8})
+        config.checkpoint.every = 20
+    elif arg is not None:
+        raise ValueError(f"unknown argument {arg!r} of configs/cvivit.py. Accepted: smoke.")
+    return config
