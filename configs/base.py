@@ -63,6 +63,11 @@ def stream(**changes) -> ConfigDict:
     return _changed(config, changes)
 
 
+def undamped(discriminator: ConfigDict) -> None:
+    """What VQGAN and most papers after it have in place of the defaults that damp the discriminator's part."""
+    discriminator.update({"norm": "batch", "ramp": 0, "weight": 0.8, "adaptive_max": 1e4, "lecam_weight": 0.0})
+
+
 def data(**changes) -> ConfigDict:
     """Where batches come from (tokenizers/data/settings.py); each entry of ``streams`` is a `stream`."""
     config = ConfigDict()
@@ -144,6 +149,7 @@ def get_base() -> ConfigDict:
 
     config.schedules = ConfigDict({"loss": {}, "model": {}})  # by term of loss.bottleneck; by field, e.g. temperature
 
+    # What holds when it starts (docs/gan_training.md); configs of papers begin with `undamped`.
     config.discriminator = ConfigDict()
     # patchgan_2d, patchgan_3d, blur_2d, maskbit_2d, stylegan_2d, stylegan_3d, tats_2d, tats_3d, dino_2d
     # (channels=0: those of the network); None = no adversarial loss
@@ -152,18 +158,20 @@ def get_base() -> ConfigDict:
     config.discriminator.path = ""  # its weight file; default: $TOKENIZERS_WEIGHTS
     config.discriminator.channels = 64
     config.discriminator.layers = 3
-    config.discriminator.norm = "batch"  # batch, actnorm, group, none
+    config.discriminator.norm = "group"  # batch, actnorm, group, none
     config.discriminator.generator_loss = "hinge"  # hinge, vanilla, non_saturating
     config.discriminator.discriminator_loss = "hinge"
     config.discriminator.clips_only = False  # True: batches of images do not see it (OmniTokenizer)
     config.discriminator.start = 0  # first step that trains it
     config.discriminator.generator_start = 0  # first step whose generator sees it
-    config.discriminator.ramp = 0  # steps from there on over which its part in the generator's loss grows to all of it
-    config.discriminator.weight = 0.8
+    config.discriminator.ramp = (
+        1_000  # steps from there on over which its part in the generator's loss grows to all of it
+    )
+    config.discriminator.weight = 0.1
     config.discriminator.adaptive = True  # lambda from the gradients at the decoder's last layer (VQGAN)
-    config.discriminator.adaptive_max = 1e4
+    config.discriminator.adaptive_max = 10.0
     config.discriminator.factor = 1.0
-    config.discriminator.lecam_weight = 0.0
+    config.discriminator.lecam_weight = 0.001
     config.discriminator.lecam_decay = 0.999
     config.discriminator.lecam = "patches"  # patches: of each logit, anchors move first; means: of mean logits, TiTok
     config.discriminator.r1_weight = 0.0

@@ -32,6 +32,7 @@ def get_config(arg=None):
     config.loss.equivariance.smaller = 0.25
     config.loss.equivariance.scales = (8 / 32, 13 / 32, 17 / 32, 22 / 32, 26 / 32, 31 / 32)
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "patchgan_2d"
     config.discriminator.channels = 64
     config.discriminator.layers = 3

@@ -25,6 +25,7 @@ def get_config(arg=None):
     config.loss.reduction = "logvar"  # a sum over the values of a picture; the authors' log-variance is never trained
     config.loss.bottleneck.kl = 1e-6
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "patchgan_2d"
     config.discriminator.channels = 64
     config.discriminator.layers = 3

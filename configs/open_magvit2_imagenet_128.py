@@ -30,6 +30,7 @@ def get_config(arg=None):
     config.loss.bottleneck.entropy_sample = 0.1
     config.loss.bottleneck.entropy_codebook = -0.1
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "patchgan_2d"
     config.discriminator.channels = 64
     config.discriminator.layers = 3

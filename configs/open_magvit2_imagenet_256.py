@@ -33,6 +33,7 @@ def get_config(arg=None):
     config.loss.bottleneck.entropy_sample = 0.1  # one code for each position ...
     config.loss.bottleneck.entropy_codebook = -0.1  # ... and all codes in use
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "patchgan_2d"
     config.discriminator.channels = 64
     config.discriminator.layers = 3

@@ -27,6 +27,7 @@ def get_config(arg=None):
     config.loss.reconstruction = "l1"
     config.loss.bottleneck.commitment = 0.25  # keeps the encoder's output where the tanh of FSQ still has a slope
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "patchgan_2d"
     config.discriminator.channels = 32
     config.discriminator.layers = 2

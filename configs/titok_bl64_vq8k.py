@@ -28,6 +28,7 @@ def get_config(arg=None):
     config.loss.bottleneck.commitment = 0.25
     config.loss.bottleneck.codebook = 1.0
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "patchgan_2d"
     config.discriminator.adaptive = False
     config.discriminator.weight = 0.1

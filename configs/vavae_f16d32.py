@@ -35,6 +35,7 @@ def get_config(arg=None):
     config.loss.alignment.cosine_margin = 0.5
     config.loss.alignment.distance_margin = 0.25
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "patchgan_2d"
     config.discriminator.channels = 64
     config.discriminator.layers = 3

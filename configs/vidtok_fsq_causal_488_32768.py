@@ -33,6 +33,7 @@ def get_config(arg=None):
     config.schedules.loss.entropy_sample = base.schedule(kind="linear", start=0.3, end=0.1, steps=2_000)
     config.schedules.loss.entropy_codebook = base.schedule(kind="linear", start=-0.3, end=-0.1, steps=2_000)
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "patchgan_2d"
     config.discriminator.channels = 64
     config.discriminator.layers = 3

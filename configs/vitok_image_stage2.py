@@ -28,6 +28,7 @@ def get_config(arg=None):
     config.loss.perceptual_weight = 1.0
     config.loss.bottleneck.kl = 0.0  # of codes that no longer change
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "stylegan_2d"
     config.discriminator.layers = 0
     config.discriminator.norm = "none"

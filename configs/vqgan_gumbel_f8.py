@@ -25,6 +25,7 @@ def get_config(arg=None):
     config.loss.bottleneck.kl = 1e-8
     config.schedules.model.temperature = base.schedule(start=0.9, end=1e-6, steps=1_000_001)
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "patchgan_2d"
     config.discriminator.channels = 64
     config.discriminator.layers = 3

@@ -25,6 +25,7 @@ def get_config(arg=None):
     config.loss.bottleneck.commitment = 1.0
     config.loss.bottleneck.codebook = 0.25
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "patchgan_2d"
     config.discriminator.channels = 64
     config.discriminator.layers = 3

@@ -36,6 +36,7 @@ def get_config(arg=None):
         config.loss.bottleneck.commitment = 0.25
     config.optimizer = base.optimizer(lr=1e-2, schedule="cosine", warmup=2)
     if arg != "plain":
+        base.undamped(config.discriminator)
         config.discriminator.name = "patchgan_2d"
         config.discriminator.channels = 8
         config.discriminator.layers = 1
