@@ -28,6 +28,7 @@ def get_config(arg=None):
     config.loss.bottleneck.entropy_sample = 0.1
     config.loss.bottleneck.entropy_codebook = -0.1
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "stylegan_2d"
     config.discriminator.layers = 0
     config.discriminator.norm = "none"

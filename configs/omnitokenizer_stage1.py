@@ -27,6 +27,7 @@ def get_config(arg=None):
     config.loss.perceptual_weight = 4.0
     config.loss.bottleneck.commitment = 0.25
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "tats_2d"
     config.discriminator.channels = 64
     config.discriminator.layers = 3

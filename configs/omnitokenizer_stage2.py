@@ -45,6 +45,7 @@ def get_config(arg=None):
     else:
         config.loss.bottleneck.commitment = 0.25
 
+    base.undamped(config.discriminator)
     config.discriminator.name = "tats_3d"
     config.discriminator.clips_only = True
     config.discriminator.channels = 64
