@@ -48,6 +48,15 @@ def schedule(**changes) -> ConfigDict:
     return _changed(config, changes)
 
 
+def part(**changes) -> ConfigDict:
+    """Parameters that come from another tokenizer at the start, an entry of ``config.init_parts``."""
+    config = ConfigDict({"model": {"name": ""}})  # name and fields of that tokenizer
+    config.path = ""  # its run or weight file; "" looks in $TOKENIZERS_WEIGHTS
+    config.take = ()  # pairs (path of parameters there, path of parameters here)
+    config.model.update(changes.pop("model"))
+    return _changed(config, changes)
+
+
 def stream(**changes) -> ConfigDict:
     """One kind of batch: fixed frame count and one or several fixed sizes (buckets)."""
     config = ConfigDict()
@@ -105,12 +114,18 @@ def get_base() -> ConfigDict:
     config.compilation_cache = "~/.cache/tokenizers/compiled"
     config.init_from = placeholder(str)  # a run, saved folder, or official weight file whose weights are the start
 
+    # After that, parameters of other tokenizers: {name: part(...)}.
+    config.init_parts = ConfigDict()
+
     config.model = ConfigDict({"name": ""})  # a variant or system, then its fields
     config.optimizer = optimizer()
 
     config.loss = ConfigDict()
-    config.loss.reconstruction = "l1"
+    config.loss.reconstruction = "l1"  # l1, l2, charbonnier; tokens: not pixels are compared, see loss.tokens
     config.loss.reconstruction_weight = 1.0
+    # A frozen tokenizer whose tokens the model guesses (TiTok, stage 1): its name and fields, and its run or weight
+    # file. "" looks in $TOKENIZERS_WEIGHTS; "random" has random weights.
+    config.loss.tokens = ConfigDict({"model": {"name": "maskgit-vqgan-imagenet256-f16-1024"}, "path": ""})
     config.loss.perceptual = placeholder(str)  # lpips_vgg, lpips_alex; None = no perceptual loss
     config.loss.perceptual_weight = 1.0
     config.loss.perceptual_path = ""  # weight file; default: $TOKENIZERS_WEIGHTS
@@ -195,6 +210,7 @@ def get_base() -> ConfigDict:
     config.profile = ConfigDict({"start": 0, "steps": 0})  # write a profiler trace of that many steps
     config.lock()  # from here on a misspelt field is refused
     schedules = (config.schedules.loss, config.schedules.model)
-    for free in (config.model, config.loss.bottleneck, config.data.streams, config.data.sources, *schedules):
+    models = (config.model, config.loss.tokens.model, config.init_parts)
+    for free in (*models, config.loss.bottleneck, config.data.streams, config.data.sources, *schedules):
         free.unlock()
     return config

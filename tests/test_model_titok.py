@@ -1,6 +1,7 @@
 """TiTok and TA-TiTok against the authors' code: latents, tokens, logits, pixels, activations inside."""
 
 import functools
+import json
 import re
 
 import chex
@@ -11,16 +12,22 @@ import numpy as np
 import optax
 import pytest
 import refweights
+import titok_training as training
 from reference import Case, cases, relative_l2
 
 import tokenizers
+from configs import base, titok_l32_stage1, titok_l32_stage2
 from tokenizers import registry
 from tokenizers.convert import engine
 from tokenizers.convert import titok as conversion
 from tokenizers.convert.engine import to_official
+from tokenizers.data import transforms
+from tokenizers.evaluate import codebook, distances
+from tokenizers.losses import adversarial
 from tokenizers.models import titok
 from tokenizers.parallel import platform
 from tokenizers.quantize.gaussian import reparameterize
+from tokenizers.train import build, loop, objective, optim
 
 # float32 against float32 of PyTorch. Observed: losses 1e-6, latents 2e-6, pixels 1.1e-5 behind the 24 + 24 layers, the
 # sharp softmax and the convolutions of the largest.
@@ -240,6 +247,105 @@ def test_training_steps_of_the_first_stage_are_the_official_ones(name):
             assert close.mean() > 0.99, key
 
 
+# Observed (stage 2, single stage with codes, with a Gaussian): see the assertions.
+RATE = 1e-4  # of all cases
+
+
+@pytest.mark.slow  # each compiles a step with ConvNeXt-S (and VGG-16) in it
+@pytest.mark.parametrize("name", cases("titok", "train_(stage2|single_stage)_.*"))
+def test_training_steps_with_pixels_are_the_official_ones(name):
+    """All losses, gradients and updates of the step at which the discriminator starts, and its second step."""
+    case = Case("titok", name)
+    meta, expected, run = case.meta, case.outputs, training.Training(case)
+    assert training.official_decay(run) & set(meta["trainable"]) == set(meta["no_weight_decay"])
+    before, after, metrics = run.step()
+
+    def named(prefix):
+        return dict(zip(meta[f"{prefix}_loss_names"], expected[f"{prefix}_losses"], strict=True))
+
+    theirs, config = named("gen"), meta["config"]["losses"]
+    ours = {
+        "reconstruction_loss": metrics["loss/l2"] / 4,
+        "perceptual_loss": sum(
+            share * metrics[f"loss/{key}"] for key, share in training.PERCEPTUAL[config["perceptual_loss"]].items()
+        ),
+        "gan_loss": metrics["loss/fooling"],
+        "d_weight": metrics["adaptive_weight"],
+        "weighted_gan_loss": metrics["adaptive_weight"] * metrics["loss/fooling"],
+    }
+    ours["total_loss"] = metrics["loss/generator"] + ours["weighted_gan_loss"]
+    if "kl_loss" in theirs:
+        ours["kl_loss"] = config["kl_weight"] * metrics["loss/kl"]
+    elif not meta["config"]["model"]["vq_model"]["finetune_decoder"]:  # there the authors set them to zero
+        ours["codebook_loss"] = metrics["loss/codebook"]
+        ours["commitment_loss"] = meta["config"]["model"]["vq_model"]["commitment_cost"] * metrics["loss/commitment"]
+        ours["quantizer_loss"] = ours["codebook_loss"] + ours["commitment_loss"]
+    assert len(ours) >= 6
+    found = {}
+    for key, value in ours.items():
+        # Some are stored with their weight.
+        scale = config["perceptual_weight"] if key == "perceptual_loss" else 1.0
+        candidates = [abs(value * factor - theirs[key]) / abs(theirs[key]) for factor in {1.0, scale}]
+        found[key] = min(candidates)
+    print(name, found)
+    assert max(found.values()) < 1e-4, found
+    np.testing.assert_allclose(metrics["loss/generator"], expected["gen_before_start_total"], rtol=1e-4)
+
+    grads = training.official(after.optimizer[0]["model"])
+    norms = np.array([np.linalg.norm(grads[key]) for key in meta["grad_norm_names"]])
+    print("grad norms", np.max(np.abs(norms - expected["grad_norms"]) / (np.abs(expected["grad_norms"]) + 1e-6)))
+    np.testing.assert_allclose(norms, expected["grad_norms"], rtol=1e-3, atol=1e-6 * norms.max())
+    np.testing.assert_allclose(np.linalg.norm(norms), expected["grad_total_norm"], rtol=1e-4)
+    found = training.worst(case, "grad", grads, meta["params"]["picks"])
+    print("grads", found)
+    assert max(found.values()) < 1e-3, found
+    params = training.official(after.params["model"])
+    if "codebook_after_cvq" in expected:  # before the optimizer's step, which is none for codes without gradient
+        moved = np.asarray(after.model_state["codebook"]["bottleneck"]["moved"])
+        codebook = np.asarray(before.params["model"]["bottleneck"]["codebook"]) + moved
+        assert relative_l2(codebook, expected["codebook_after_cvq"]) < 1e-5
+        usage = after.model_state["codebook"]["bottleneck"]["usage"]
+        np.testing.assert_allclose(usage, expected["embed_prob"], rtol=1e-5, atol=1e-8)
+        params["quantize.embedding.weight"] = params["quantize.embedding.weight"] + moved
+    found = training.close_steps(case, "gen_param", params, meta["params"]["picks"], RATE)
+    print("params", found)
+    assert min(found.values()) > 0.98, found
+    frozen = set(training.official(before.params["model"])) - set(meta["trainable"])
+    first, ema = training.official(before.params["model"]), training.official(after.ema)
+    for key in frozen:  # not one bit of them changes, nor of their average
+        np.testing.assert_array_equal(params[key], first[key], err_msg=key)
+        np.testing.assert_array_equal(ema[key], first[key], err_msg=key)
+    assert bool(frozen) == bool(meta["config"]["model"]["vq_model"]["finetune_decoder"])
+
+    for turn in range(2):
+        if turn:  # the generator as it was: the same reconstruction once more
+            run.state = before.replace(adversary=after.adversary)
+            _, after, metrics = run.step()
+        theirs = named(f"disc{turn}")
+        judged = {
+            "discriminator_loss": "loss/discriminator",
+            "logits_fake": "logits/fake",
+            "logits_real": "logits/real",
+        }
+        found = {key: abs(metrics[ours] - theirs[key]) / abs(theirs[key]) for key, ours in judged.items()}
+        print("judge", turn, found)
+        # The logits of the second turn carry the first steps of Adam, which are signs.
+        assert max(found.values()) < (1e-4 if turn == 0 else 3e-3), found
+        lecam = np.stack([after.adversary.lecam.real, after.adversary.lecam.fake])
+        np.testing.assert_allclose(lecam, expected[f"lecam_ema{turn}"].ravel(), rtol=1e-4 if turn == 0 else 3e-3)
+        grads = training.official_judge(after.adversary.optimizer[0])
+        if turn == 0:
+            norms = np.array([np.linalg.norm(grads[key]) for key in meta["dgrad_norm_names"]])
+            np.testing.assert_allclose(norms, expected["dgrad_norms"], rtol=1e-3)
+            found = training.worst(case, "dgrad", grads, meta["params"]["dpicks"])
+            print("judge grads", found)
+            assert max(found.values()) < 1e-3, found
+        judge = training.official_judge(after.adversary.params)
+        found = training.close_steps(case, f"disc{turn}_param", judge, meta["params"]["dpicks"], RATE)
+        print("judge params", found)
+        assert min(found.values()) > 0.97, found
+
+
 # What holds without the originals ------------------------------------------------------------------------------------
 
 SMALL = {"tokens": 5, "input_size": (32, 48), "encoder": (16, 1, 2), "decoder": (24, 2, 2), "latent_channels": 4}
@@ -361,3 +467,145 @@ def test_configs_it_does_not_know_are_refused():
         fields(finetune_decoder=True)
     with pytest.raises(ValueError, match="vit_dec_patch_size"):
         fields(vit_dec_patch_size=32)
+
+
+# The recipe and the protocol ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cases("titok", "schedules"))
+def test_learning_rates_averages_and_hinge_are_the_official_ones(name):
+    case = Case("titok", name)
+    params, expected = case.meta["params"], case.outputs
+    for i, entry in enumerate(params["lr"]):
+        changes = {"lr": entry["base_lr"], "warmup": entry["warmup"], "end": entry["end_lr"] / entry["base_lr"]}
+        config = base.optimizer(schedule=entry["name"], warmup_from=0.0, **changes)
+        # Past the last step of a run theirs rises again, ours stays.
+        steps = [step for step in entry["steps"] if step <= entry["total"]]
+        rates = [optim.schedule(config, entry["total"])(step) for step in steps]
+        # Float32: 4e-12 at the first step, whose rate is 1e-8.
+        np.testing.assert_allclose(rates, expected[f"lr{i}"][: len(steps)], rtol=1e-5, atol=1e-11)
+    # Their first update copies the parameters, and from the second on they are one update behind.
+    for n, decay in zip(params["ema_steps"], expected["ema_decay"], strict=True):
+        if n >= 2:
+            average = optim.ema_update(jnp.ones(()), jnp.zeros(()), params["ema"]["decay"], jnp.asarray(n - 2), True)
+            np.testing.assert_allclose(average, decay, rtol=1e-5)
+    real, fake = (2 * refweights.uniform(f"gan/{kind}", (4, 9)) for kind in ("real", "fake"))
+    np.testing.assert_allclose(adversarial.hinge_discriminator(real, fake), expected["hinge"], rtol=1e-5)
+    penalty, _ = adversarial.lecam_of_means(adversarial.lecam_init(-0.05, 0.1), real, fake)
+    np.testing.assert_allclose(penalty, expected["lecam"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", cases("titok", "evaluator_math"))
+def test_evaluation_is_the_official_one(name):
+    """With their stand-in for Inception's features: rFID, inception score, codebook usage and entropy."""
+    case = Case("titok", name)
+    params, expected = case.meta["params"], case.outputs
+    sizes = {"wf": (48, params["features"]), "wl": (params["features"], params["logits"])}
+    projections = [refweights.uniform(f"evaluator/{key}", size).astype(np.float64) for key, size in sizes.items()]
+    features = {}
+    for kind in ("real", "fake"):
+        unit = (np.clip(case.input(kind), -1, 1) + 1) / 2
+        # The images themselves are cut to levels, reconstructions are rounded first.
+        levels = (unit * 255 if kind == "real" else np.round(unit * 255) / 255 * 255).astype(np.uint8)
+        pooled = (levels / 255.0).reshape(-1, 4, 8, 4, 8, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+        features[kind] = pooled.reshape(len(pooled), -1) @ projections[0]
+    np.testing.assert_allclose(features["fake"], expected["fake_features"], rtol=1e-5, atol=1e-6)
+    real, fake = (distances.GaussianStatistics.of(features[kind]) for kind in ("real", "fake"))
+    np.testing.assert_allclose(distances.frechet_distance(real, fake, "sqrtm"), expected["rFID"], rtol=1e-4)
+    score, _ = distances.inception_score(features["fake"] @ projections[1], splits=1, shuffle_seed=None)
+    np.testing.assert_allclose(score, expected["InceptionScore"], rtol=1e-5)
+    entry = case.meta["inputs"]["codes"]
+    unit = (refweights.uniform(entry["seed_name"], tuple(entry["shape"])) + 1) / 2
+    codes = np.minimum(np.floor(unit * entry["high"]), entry["high"] - 1).astype(np.int64)
+    histogram = codebook.CodeHistogram.of(codes, params["codes"])
+    np.testing.assert_allclose(histogram.usage, expected["CodebookUsage"], rtol=1e-6)
+    np.testing.assert_allclose(histogram.entropy(1e-8), expected["CodebookEntropy"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", cases("titok", "preprocess_.*"))
+def test_evaluation_crops_are_the_official_ones(name):
+    case = Case("titok", name)
+    image = np.round(255 * (case.input("image") + 1) / 2).astype(np.uint8)
+    size = (case.meta["params"]["size"],) * 2
+    crop = transforms.choose_crop(image.shape[1:3], size)
+    ours = transforms.apply_crop(image, crop, size, "bicubic")[0].astype(int)
+    # Only what is under the crop is resampled; a level of rounding may differ.
+    assert np.abs(ours - case.outputs["eval_transform"]).max() <= 1
+
+
+def test_a_model_for_512_pixels_has_longer_tables_and_nothing_else():
+    """The 512 x 512 models of the paper (L-64, B-128) are the same config with another crop size."""
+    case = Case("titok", cases("titok", "tiny_vq_l2_legacy_stage1")[0])
+    model = case.meta["config"]["model"]["vq_model"] | {
+        "vit_enc_model_size": "base", "vit_dec_model_size": "base", "num_latent_tokens": 128, "finetune_decoder": True,
+    }  # fmt: skip
+    config = {**case.meta["config"], "model": {"vq_model": model}, "dataset": {"preprocessing": {"crop_size": 512}}}
+    large = registry.build("titok", **conversion.fields_from_official(config))
+    config["dataset"] = {"preprocessing": {"crop_size": 256}}
+    usual = registry.build("titok", **conversion.fields_from_official(config))
+    assert (large.spec.compression, large.spec.tokens_per_item) == ((1, 16, 16), 128)
+    shapes = [engine.flatten(dict(registry.abstract_variables(module))) for module in (large, usual)]
+    different = {path: leaf.shape for path, leaf in shapes[0].items() if leaf.shape != shapes[1][path].shape}
+    assert different == {f"params/{side}_tokens/positions": (1 + 32 * 32, 768) for side in ("encode", "decode")}
+    pixels = jax.ShapeDtypeStruct((2, 512, 512, 3), jnp.float32)
+    decoded, encoding = jax.eval_shape(large.apply, engine.unflatten(shapes[0]), pixels)
+    assert (decoded.shape, encoding.indices.shape) == (pixels.shape, (2, 128))
+
+
+@pytest.mark.slow
+def test_official_weights_for_512_pixels_are_taken():
+    """Through the public function, with tables of 1 + 32 x 32 positions; those of another size are refused."""
+    case = Case("titok", cases("titok", "tiny_vq_nonlegacy")[0])
+    config = {**case.meta["config"], "dataset": {"preprocessing": {"crop_size": 512}}}
+    state = case.weights()
+    with pytest.raises(ValueError, match="positional_embedding"):
+        tokenizers.from_official("titok", config, state)
+    for side in ("encoder", "decoder"):
+        key = f"{side}.positional_embedding"
+        state[key] = refweights.weight(key, (1 + 32 * 32, state[key].shape[1]))
+    tok = tokenizers.from_official("titok", config, state)
+    pixels = refweights.image_like("titok/512", (1, 512, 512, 3))
+    assert tok.reconstruct(pixels).shape == pixels.shape
+
+
+def test_the_first_stage_guesses_tokens_and_the_second_starts_from_it(tmp_path):
+    """Small smoke runs of both stages: what is frozen keeps its bits, in the run's weights and in their average."""
+    first = titok_l32_stage1.get_config("smoke")
+    second = titok_l32_stage2.get_config("smoke")
+    for config in (first, second):
+        config.steps = 2
+        config.log.every = 1
+        config.log.tensorboard = False
+        config.data.streams.image.batch_size = 2
+        config.model.update({"encoder": (16, 1, 2), "decoder": (16, 1, 2), "tokens": 4})
+        config.evaluation.update({"every": 0, "max_items": 2})
+    assert loop.run(first, tmp_path / "first")
+    start = tokenizers.load(tmp_path / "first")
+    vqgan = objective.another(first.init_parts.pixels.to_dict(), "part")
+    chex.assert_trees_all_equal(start.params["to_pixels"]["pixels"], vqgan.params["decoder"])
+    metrics = json.loads((tmp_path / "first" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < metrics["loss/tokens"] < 10
+    assert 0 <= metrics["token_accuracy"] <= 1
+    second.init_from = str(tmp_path / "first")
+    assert loop.run(second, tmp_path / "second")
+    end = tokenizers.load(tmp_path / "second")
+    for part in ("encode_tokens", "bottleneck"):
+        chex.assert_trees_all_equal(end.params[part], start.params[part])
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), end.params["to_pixels"], start.params["to_pixels"])
+    assert changed["pixels"]["conv_out"]["kernel"]
+    pixels = refweights.image_like("titok/stages", (2, 32, 32, 3))
+    np.testing.assert_array_equal(end.encode(pixels).indices, start.encode(pixels).indices)
+
+
+def test_pixels_and_tokens_are_not_compared_at_once():
+    config = titok_l32_stage1.get_config("smoke")
+    config.loss.convnext_weight = 0.1
+    with pytest.raises(ValueError, match="losses of pixels and latents do not go with it.*convnext_weight"):
+        build.recipe(config.to_dict())
+    config = titok_l32_stage1.get_config("smoke")
+    config.discriminator.update({"name": "maskbit_2d", "channels": 32, "norm": "group"})
+    with pytest.raises(ValueError, match="no pixels that a discriminator"):
+        build.recipe(config.to_dict())
+    config = titok_l32_stage1.get_config()
+    with pytest.raises(ValueError, match="maskgit-vqgan-imagenet-f16-256.bin"):
+        build.recipe(config.to_dict())

@@ -32,9 +32,8 @@ from . import maskgit_vqgan
 
 SYSTEM = "titok"
 
-# MaskGIT's VQGAN, whose tokens are the proxies: codes, channels of a code, levels of its decoder.
-PROXY_CODES, PROXY_CHANNELS = 1024, 256
-PROXY_WIDTHS, PROXY_BLOCKS = (128, 128, 256, 256, 512), 2
+# MaskGIT's VQGAN, whose tokens are the proxies: codes, channels of a code, widths and blocks of its decoder's levels.
+PROXY = (1024, 256, (128, 128, 256, 256, 512), 2)
 
 # width, layers, heads
 SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
@@ -149,28 +148,29 @@ class Patches(nn.Module):
 class Proxies(nn.Module):
     """Logits over the tokens of MaskGIT's VQGAN."""
 
+    codes: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # (b h/p w/p c) -> (b h/p w/p 1024), float32
         x = nn.Dense(2 * x.shape[-1], kernel_init=_DENSE, dtype=self.dtype, name="hidden")(x)
-        return nn.Dense(PROXY_CODES, kernel_init=_DENSE, dtype=self.dtype, name="logits")(jnp.tanh(x)).astype(
-            jnp.float32
-        )
+        x = nn.Dense(self.codes, kernel_init=_DENSE, dtype=self.dtype, name="logits")(jnp.tanh(x))
+        return x.astype(jnp.float32)
 
 
 class ProxyPixels(nn.Module):
     """`Proxies`, the mixture of codes that they mean, and the VQGAN's decoder."""
 
+    proxy: tuple[int, int, tuple[int, ...], int]
     dtype: Any
     remat: bool
 
     def setup(self):
-        self.proxies = Proxies(self.dtype)
-        self.codebook = self.param(
-            "codebook", nn.initializers.variance_scaling(1.0, "fan_in", "uniform"), (PROXY_CODES, PROXY_CHANNELS)
-        )
-        self.pixels = maskgit_vqgan.Decoder(3, PROXY_WIDTHS, PROXY_BLOCKS, self.dtype, self.remat)
+        codes, channels, widths, blocks = self.proxy
+        self.proxies = Proxies(codes, self.dtype)
+        start = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+        self.codebook = self.param("codebook", start, (codes, channels))
+        self.pixels = maskgit_vqgan.Decoder(3, widths, blocks, self.dtype, self.remat)
 
     def __call__(self, x: Array) -> Array:  # (b h/16 w/16 c) -> (b h w 3) in [0, 1]
         return self.pixels(self.mixture(self.proxies(x)))
@@ -179,11 +179,11 @@ class ProxyPixels(nn.Module):
         return jnp.matmul(jax.nn.softmax(logits, axis=-1), self.codebook, precision=jax.lax.Precision.HIGHEST)
 
 
-# What follows the decoder's transformer: from (patch, dtype, remat).
+# What follows the decoder's transformer: from the model.
 HEADS = {
-    "patches": lambda patch, dtype, remat: Patches(patch, dtype),
-    "proxies": lambda patch, dtype, remat: Proxies(dtype),
-    "proxy_pixels": lambda patch, dtype, remat: ProxyPixels(dtype, remat),
+    "patches": lambda model: Patches(model.patch, model.dtype),
+    "proxies": lambda model: Proxies(model.proxy[0], model.dtype),
+    "proxy_pixels": lambda model: ProxyPixels(model.proxy, model.dtype, model.remat),
 }
 
 
@@ -199,6 +199,7 @@ class Model(nn.Module):
       encoder, decoder: width, layers and heads of the transformers, see `SIZES`.
       head: ``patches``; ``proxy_pixels``; or ``proxies``: a model of the first training stage, which has no pixels and
         whose `decode` gives the logits over MaskGIT's tokens ``(b h/p w/p 1024)``.
+      proxy: codes, channels, widths and blocks of the VQGAN behind the heads that know it, see `PROXY`.
       swapped: read the encoder's output with its axes swapped, as the first releases do.
       text: number and channels of the caption's features that the decoder reads, or None.
       remat: recompute transformer blocks in the backward pass instead of keeping their activations.
@@ -213,6 +214,7 @@ class Model(nn.Module):
     encoder: tuple[int, int, int] = SIZES["large"]
     decoder: tuple[int, int, int] = SIZES["large"]
     head: str = "patches"
+    proxy: tuple[int, int, tuple[int, ...], int] = PROXY
     swapped: bool = False
     text: tuple[int, int] | None = None
     remat: bool = False
@@ -222,13 +224,16 @@ class Model(nn.Module):
         height, width = self.input_size
         if height % self.patch or width % self.patch:
             raise ValueError(f"patch={self.patch} must divide input_size={self.input_size}.")
+        side = 2 ** (len(self.proxy[2]) - 1)
+        if self.head == "proxy_pixels" and self.patch != side:
+            raise ValueError(f"a proxy of {len(self.proxy[2])} levels has {side} pixels per token, not {self.patch}.")
         out_channels = self.bottleneck.input_channels(self.latent_channels)
         self.encode_tokens = Encoder(
             out_channels, self.tokens, self.patch, self.encoder, self.swapped, self.dtype, self.remat
         )
         grid = (height // self.patch, width // self.patch)
         self.decode_tokens = Decoder(grid, self.tokens, self.decoder, self.text, self.dtype, self.remat)
-        self.to_pixels = pick("head", self.head, HEADS)(self.patch, self.dtype, self.remat)
+        self.to_pixels = pick("head", self.head, HEADS)(self)
 
     @property
     def spec(self) -> Spec:
@@ -254,6 +259,12 @@ class Model(nn.Module):
     def decode(self, latents: Array, train: bool = False, text: Array | None = None) -> Array:  # (b n d) -> (b h w 3)
         decoded = self.to_pixels(self.filled(latents, text))
         return decoded if self.head == "proxies" else decoded * 2 - 1
+
+    def guess(self, pixels: Array, train: bool = False, text: Array | None = None) -> tuple[Array, Encoding]:
+        """Logits over the tokens of the VQGAN ``(b h/p w/p 1024)``: what the first of two training stages compares."""
+        encoding = self.encode(pixels, train)
+        proxies = self.to_pixels if self.head == "proxies" else self.to_pixels.proxies
+        return proxies(self.filled(encoding.latents, text)), encoding
 
     def filled(self, latents: Array, text: Array | None = None) -> Array:  # (b n d) -> (b h/p w/p c)
         """What the decoder's transformer puts in the place of the masks."""

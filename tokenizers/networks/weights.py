@@ -81,6 +81,11 @@ PUBLISHED: dict[str, Published] = {
         ("dinov2_vitb14_pretrain.pth", "vit_base_patch14_dinov2.lvd142m.safetensors"),
         "facebookresearch/dinov2 (without registers), or timm's vit_base_patch14_dinov2.lvd142m",
     ),
+    "maskgit_vqgan": Published(
+        "MaskGIT's VQGAN, ImageNet at 256 x 256",
+        ("maskgit-vqgan-imagenet-f16-256.bin", "tokenizer_imagenet256_checkpoint"),
+        "fun-research/TiTok, maskgit-vqgan-imagenet-f16-256.bin",
+    ),
     "dinov2_vitl14": Published(
         "DINOv2 ViT-L/14",
         ("dinov2_vitl14_pretrain.pth", "vit_large_patch14_dinov2.lvd142m.safetensors"),

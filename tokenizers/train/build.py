@@ -63,6 +63,11 @@ def recipe(config: Mapping) -> Recipe:
     model = registry.build(name, dtype=dtype, **fields)
     minimised = objective.build(config["loss"], model.spec)
     adversary, network = _adversary(config, dtype)
+    if minimised.method != "__call__" and (adversary is not None or config["loss"]["equivariance"]["probability"]):
+        raise ValueError(
+            f"config.loss.reconstruction={config['loss']['reconstruction']!r} has no pixels that a discriminator or "
+            "transformations could see: leave them out."
+        )
     if network is not None:  # the step takes all frozen networks as one argument
         frozen = dict(minimised.frozen) | {adversary.network: network}
         minimised = dataclasses.replace(minimised, frozen=frozen)
@@ -231,9 +236,11 @@ def initial_state(config: Mapping, parts: Recipe, mesh: Mesh) -> TrainState:
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, parts, mesh))
     initialize = _initializer(config, parts)
     state = jax.jit(initialize, out_shardings=places, compiler_options=platform.run_once_options())()
-    if config["init_from"] is None:
-        return state
-    return _with_weights(state, config, places)
+    if config["init_from"] is not None:
+        state = _with_weights(state, config, places)
+    for name, part in config["init_parts"].items():
+        state = _with_part(state, part, f"config.init_parts.{name}")
+    return state
 
 
 def _with_weights(state: TrainState, config: Mapping, places: TrainState) -> TrainState:
@@ -259,6 +266,33 @@ def _with_weights(state: TrainState, config: Mapping, places: TrainState) -> Tra
         ema=jax.device_put(params, places.ema),
         model_state=jax.device_put(variables, places.model_state),
     )
+
+
+def _with_part(state: TrainState, part: Mapping, where: str) -> TrainState:
+    """The state with some parameters of another tokenizer, in the model and in its average."""
+    source = objective.another(part, where).params
+    for theirs, ours in part["take"]:
+        wanted, found = _below(state.params["model"], ours, where), _below(source, theirs, where)
+        if _shapes(wanted) != _shapes(found):
+            raise ValueError(f"{where}: {theirs!r} does not fit {ours!r}: {_shapes(found)} -> {_shapes(wanted)}")
+        placed = jax.tree.map(lambda old, new: jax.device_put(jax.device_get(new), old.sharding), wanted, found)
+        copied = jax.tree.map(jnp.copy, placed)  # nothing of the state is in it twice: it is donated
+        state = state.replace(
+            params=state.params | {"model": _replaced(state.params["model"], ours.split("/"), placed)},
+            ema=_replaced(state.ema, ours.split("/"), copied),
+        )
+    return state
+
+
+def _below(tree: Mapping, path: str, where: str) -> Any:
+    for name in path.split("/"):
+        tree = errors.pick(f"part of {path!r} in {where}.take", name, tree)
+    return tree
+
+
+def _replaced(tree: Mapping, path: list[str], value: Any) -> dict[str, Any]:
+    first, *rest = path
+    return dict(tree) | {first: _replaced(tree[first], rest, value) if rest else value}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import errors
-from ..losses import alignment, consistency, flow, perceptual, reconstruction
-from ..networks import convnext, foundation, lpips, raft, vgg
+from .. import api, errors, loading, registry
+from ..losses import alignment, consistency, flow, perceptual, reconstruction, tokens
+from ..networks import convnext, foundation, lpips, raft, vgg, weights
 from ..types import Spec
 
 Metrics = dict[str, jax.Array]
@@ -123,6 +124,11 @@ class Windows:
 CONSISTENCY = ("frame_consistency", "latent_consistency")
 
 
+def of_pixels(prediction: jax.Array, target: jax.Array, frozen: Mapping) -> Metrics:
+    """How good a reconstruction is, next to its loss."""
+    return {"psnr": psnr(prediction, target)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """The loss of the autoencoder without its adversarial part.
@@ -135,6 +141,8 @@ class Objective:
       params: initial values of the objective's own parameters.
       alignment: of latents with a frozen network, or ``None``.
       windows: in which clips enter the network, or ``None``: whole. Their disagreement counts as a bottleneck's losses.
+      method: of the model, which gives what the terms compare and the encoding; by default its call: pixels.
+      quality: ``(prediction, target, frozen variables) -> metrics`` that are only shown.
     """
 
     terms: tuple[Term, ...]
@@ -144,6 +152,8 @@ class Objective:
     params: Mapping[str, Any]
     alignment: Alignment | None = None
     windows: Windows | None = None
+    method: str = "__call__"
+    quality: Callable[[jax.Array, jax.Array, Any], Metrics] = of_pixels
 
     def reconstruction(self, prediction, target, frozen, params) -> tuple[jax.Array, Metrics]:
         """Loss of a reconstruction ``(B, T, H, W, C)`` in [-1, 1] against its target, and its parts."""
@@ -182,7 +192,11 @@ def build(config: Mapping, spec: Spec | None = None) -> Objective:
     Raises:
       ValueError: for unknown names, and for a frozen network whose weight file is missing.
     """
-    pixel = errors.pick("reconstruction loss", config["reconstruction"], reconstruction.RECONSTRUCTION)
+    if config["reconstruction"] == TOKENS:
+        return _of_tokens(config)
+    pixel = errors.pick(
+        "reconstruction loss", config["reconstruction"], {**reconstruction.RECONSTRUCTION, TOKENS: None}
+    )
     terms = [Term(config["reconstruction"], config["reconstruction_weight"], lambda p, t, _: pixel(p, t))]
     frozen = {}
     if config["perceptual"] is not None:
@@ -215,6 +229,67 @@ def build(config: Mapping, spec: Spec | None = None) -> Objective:
         aligned, frozen["foundation"], params["alignment"] = _alignment(config["alignment"], spec)
     windows, weights = _windows(config["consistency"], spec)
     return Objective(tuple(terms), reduction, {**config["bottleneck"], **weights}, frozen, params, aligned, windows)
+
+
+# A value of config.loss.reconstruction: not pixels are compared, but guesses of another tokenizer's tokens.
+TOKENS = "tokens"
+_PIXEL_TERMS = {
+    "perceptual": None, "convnext_weight": 0.0, "content_weight": 0.0, "gram_weight": 0.0, "flow_weight": 0.0,
+    "reduction": "mean",
+}  # fmt: skip
+
+
+def _of_tokens(config: Mapping) -> Objective:
+    """Cross entropy of the model's `guess` to the tokens of a frozen tokenizer (TiTok's first stage)."""
+    pixel_terms = [name for name, off in _PIXEL_TERMS.items() if config[name] != off]
+    if pixel_terms or config["alignment"]["network"] is not None or config["consistency"]["weight"]:
+        raise ValueError(
+            f"config.loss.reconstruction={TOKENS!r} compares tokens; losses of pixels and latents do not go with it: "
+            f"{pixel_terms or ['alignment', 'consistency']}."
+        )
+    tokenizer = another(config["tokens"], "config.loss.tokens")
+
+    def of(target: jax.Array, variables) -> jax.Array:  # (b t h w c) -> (b t h' w')
+        images = target.reshape(-1, *target.shape[2:])
+        found = tokenizer.module.apply(variables, images, method="encode").indices
+        return jax.lax.stop_gradient(found.reshape(*target.shape[:2], *found.shape[1:]))
+
+    return Objective(
+        terms=(
+            Term(TOKENS, config["reconstruction_weight"], lambda p, t, v: tokens.cross_entropy(p, of(t, v)), TOKENS),
+        ),
+        reduction=mean_reduction,
+        bottleneck=dict(config["bottleneck"]),
+        frozen={TOKENS: tokenizer.variables},
+        params={},
+        method="guess",
+        quality=lambda p, t, frozen: {"token_accuracy": tokens.accuracy(p, of(t, frozen[TOKENS]))},
+    )
+
+
+RANDOM = "random"
+
+
+def another(config: Mapping, where: str) -> api.Tokenizer:
+    """A frozen tokenizer beside the one that is trained.
+
+    Args:
+      config: ``model`` (its name and fields) and ``path``: its run, saved folder or weight file; "" looks for a
+        published file in ``$TOKENIZERS_WEIGHTS``; "random" has random weights, which teach nothing but show that a
+        recipe runs.
+      where: the config's name, for errors.
+    """
+    fields, path = dict(config["model"]), config["path"]
+    name = fields.pop("name")
+    if path == RANDOM:
+        return loading.create(name, **fields)
+    system = registry.system_of(name)
+    if not path and system not in weights.PUBLISHED:
+        raise ValueError(f"{where}.path must say where the weights of {name!r} are; it is empty.")
+    path = pathlib.Path(path).expanduser() if path else weights.find(system)
+    if path.is_dir() and (path / loading.RUN_CONFIG).is_file():
+        return loading.load(path)
+    return loading.load(weights.find(system, path) if system in weights.PUBLISHED else path, model=name, **fields)
 
 
 def _windows(config: Mapping, spec: Spec | None) -> tuple[Windows | None, dict[str, float]]:

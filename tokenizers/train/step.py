@@ -23,7 +23,7 @@ from ..losses import adversarial, alignment, balance, equivariance
 from ..losses.equivariance import Draw, Equivariance, Transform
 from ..parallel.constrain import constrain, whole
 from . import optim
-from .objective import Metrics, Objective, psnr
+from .objective import Metrics, Objective
 from .schedules import Schedules
 from .state import AdversaryState, TrainState
 
@@ -268,7 +268,7 @@ def apply_to_clips(model: nn.Module, variables: Mapping, pixels: jax.Array, **op
 def _forward(recipe: Recipe, params, model_state: Mapping, pixels: jax.Array, rngs, step, transform):
     """((reconstruction, encoding), new model state); what is decoded are the transformed latents."""
     variables = {"params": params, **model_state, **recipe.schedules.variables(step)}
-    options = {"train": True, "rngs": rngs, "mutable": list(model_state)}
+    options = {"train": True, "rngs": rngs, "mutable": list(model_state), "method": recipe.objective.method}
     if transform != Transform():
         options["method"] = functools.partial(_decode_transformed, transform=transform)
     windows = recipe.objective.windows
@@ -325,7 +325,7 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
     weight = _alignment_weight(objective.alignment, pull, cotangent)
     metrics = {f"loss/{name}": part for name, part in (parts | bottleneck).items()}
     metrics["loss/generator"] = value + regularization + weight * aligned
-    metrics["psnr"] = psnr(reconstruction, target)
+    metrics |= objective.quality(reconstruction, target, frozen)
     if objective.alignment is not None:
         metrics |= {"loss/alignment": aligned, "alignment_weight": weight}
 
