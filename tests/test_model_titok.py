@@ -568,6 +568,7 @@ def test_official_weights_for_512_pixels_are_taken():
     assert tok.reconstruct(pixels).shape == pixels.shape
 
 
+@pytest.mark.slow  # two runs
 def test_the_first_stage_guesses_tokens_and_the_second_starts_from_it(tmp_path):
     """Small smoke runs of both stages: what is frozen keeps its bits, in the run's weights and in their average."""
     first = titok_l32_stage1.get_config("smoke")
@@ -576,7 +577,7 @@ def test_the_first_stage_guesses_tokens_and_the_second_starts_from_it(tmp_path):
         config.steps = 2
         config.log.every = 1
         config.log.tensorboard = False
-        config.data.streams.image.batch_size = 2
+        config.data.streams.image.batch_size = 8
         config.model.update({"encoder": (16, 1, 2), "decoder": (16, 1, 2), "tokens": 4})
         config.evaluation.update({"every": 0, "max_items": 2})
     assert loop.run(first, tmp_path / "first")
