@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import errors
-from ..nn.attention import attend
+from ..nn.attention import attend, with_history
 from ..nn.blocks import gelu
 from ..nn.conv import STREAM, CausalConv3d, Conv2d, starts_clip, streams
 from ..nn.resample import depth_to_space
@@ -105,26 +105,19 @@ class MemoryAttention(nn.Module):
         )
         shape = (2, self.num_heads, _MEMORIES, self.head_dim)
         memory = self.param("memory", nn.initializers.normal(1.0), shape, jnp.float32).swapaxes(1, 2)
+        past = 0
         if self.causal:
-            key, value = self._with_history("key", key), self._with_history("value", value)
-        past = key.shape[-3] - count
+            past, key, value = with_history(self, key, value)
         key, value = (
             jnp.concatenate([jnp.broadcast_to(m, (*a.shape[:-3], *m.shape)).astype(a.dtype), a], axis=-3)
             for m, a in zip(memory, (key, value), strict=True)
         )
         mask = None
         if self.causal:
-            mask = jnp.tril(jnp.ones((count, key.shape[-3]), jnp.bool_), _MEMORIES + past)
+            mask = jnp.arange(key.shape[-3]) <= _MEMORIES + past + jnp.arange(count)[:, None]
         y = attend(query, key, value, mask=mask)
         y = y.reshape(*y.shape[:-2], width)
         return nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="out")(y)
-
-    def _with_history(self, name: str, value: Array) -> Array:
-        if self.has_variable(STREAM, name):
-            value = jnp.concatenate([self.get_variable(STREAM, name).astype(value.dtype), value], axis=-3)
-        if streams(self):
-            self.put_variable(STREAM, name, value)
-        return value
 
 
 class FeedForward(nn.Module):

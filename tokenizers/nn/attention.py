@@ -319,26 +319,9 @@ class TemporalAttention(_Attention):
 
     def _with_history(self, key: Array, value: Array) -> tuple[int | Array, Array, Array]:
         """The number of frames before this call's, and the keys and values from frame 0 on (maybe room after them)."""
-        stored, frames = self.has_variable(STREAM, "key"), key.shape[-3]
-        if (stored or streams(self)) and not self.causal:
+        if (self.has_variable(STREAM, "key") or streams(self)) and not self.causal:
             raise ValueError("TemporalAttention with causal=False sees the whole clip and cannot stream.")
-        past = 0
-        if stored:
-            past_key, past_value = self.get_variable(STREAM, "key"), self.get_variable(STREAM, "value")
-            held = past_key.shape[-3]
-            past = self.get_variable(STREAM, "frames", held)
-            # A buffer is free from its middle on.
-            size = max(held, held // 2 + frames) if self.has_variable(STREAM, "frames") else held + frames
-            key, value = (
-                _written(_longer(old.astype(new.dtype), size), new, past)
-                for old, new in ((past_key, key), (past_value, value))
-            )
-        if streams(self):
-            self.put_variable(STREAM, "key", key)
-            self.put_variable(STREAM, "value", value)
-            if self.has_variable(STREAM, "frames"):
-                self.put_variable(STREAM, "frames", past + frames)
-        return past, key, value
+        return with_history(self, key, value)
 
     def _in_window(self, query: Array, key: Array, value: Array, rotate: Rotate | None) -> Array:
         if self.window < 1 or not self.causal or rotate is not None:
@@ -367,6 +350,31 @@ class TemporalAttention(_Attention):
 
     def _bias(self, away: Array) -> Array | None:
         return None if self.bias is None else self.bias(away)
+
+
+def with_history(module: nn.Module, key: Array, value: Array) -> tuple[int | Array, Array, Array]:
+    """What causal attention over time sees of a clip that comes in chunks; for modules that keep nothing else so named.
+
+    Returns:
+      (frames before this call's; keys and values ``(..., t, heads, D)`` from frame 0 on, maybe room after them).
+    """
+    frames, past = key.shape[-3], 0
+    if module.has_variable(STREAM, "key"):
+        past_key, past_value = module.get_variable(STREAM, "key"), module.get_variable(STREAM, "value")
+        held = past_key.shape[-3]
+        past = module.get_variable(STREAM, "frames", held)
+        # A buffer is free from its middle on.
+        size = max(held, held // 2 + frames) if module.has_variable(STREAM, "frames") else held + frames
+        key, value = (
+            _written(_longer(old.astype(new.dtype), size), new, past)
+            for old, new in ((past_key, key), (past_value, value))
+        )
+    if streams(module):
+        module.put_variable(STREAM, "key", key)
+        module.put_variable(STREAM, "value", value)
+        if module.has_variable(STREAM, "frames"):
+            module.put_variable(STREAM, "frames", past + frames)
+    return past, key, value
 
 
 def with_room(stream: Any) -> Any:
