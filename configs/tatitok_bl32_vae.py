@@ -27,7 +27,7 @@ def get_config(arg=None):
         config.data.path = "data/datacomp"
         config.data.streams.image.batch_size = 1024
     if arg == "vq":
-        config.model.bottleneck = {"name": "vq", "codebook_size": 8192, "code_dim": 64, "update": "clustering"}
+        config.model.bottleneck = {"name": "vq", "codebook_size": 8192, "code_dim": 64, "learning": "clustering"}
     else:
         config.model.bottleneck = {"name": "gaussian"}
         del config.loss.bottleneck.commitment, config.loss.bottleneck.codebook

@@ -5,11 +5,8 @@ less than half the time. What XLA itself does to a program (fusion, layouts, lib
 ``XLA_FLAGS=--xla_backend_optimization_level=3`` runs them as a user's program is compiled.
 """
 
-import gc
 import os
 import pathlib
-import resource
-import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,18 +19,7 @@ _FLAGS = (
 os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))  # the last one of a flag counts
 
 import jax  # noqa: E402
-import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "tokenizers_test_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def bounded_memory():
-    """Compiled programs of a file go when the process has grown to 3 GiB: hundreds of files would fill a machine."""
-    yield
-    unit = 1 if sys.platform == "darwin" else 1024
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit > 3 * 2**30:
-        jax.clear_caches()
-        gc.collect()

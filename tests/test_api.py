@@ -237,7 +237,7 @@ def test_a_saved_folder_is_the_same_tokenizer_bit_for_bit(kind, tmp_path):
 
 
 def test_codebook_statistics_are_saved_too(tmp_path):
-    bottleneck = {"name": "vq", "codebook_size": 8, "code_dim": 3, "update": "ema"}
+    bottleneck = {"name": "vq", "codebook_size": 8, "code_dim": 3, "learning": "ema"}
     tok = tokenizers.create("causal3d", bottleneck=bottleneck, latent_channels=3, **toys.CAUSAL)
     assert set(tok.variables) == {"params", "codebook"}
     tok.save(tmp_path / "saved")

@@ -82,6 +82,7 @@ def test_local_batch_norm_looks_at_eight_items():
         np.testing.assert_allclose(out[part], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_from_a_config(weights):
     """The heads learn, and their gradient reaches the pixels; the transformer is no part of the state."""
     config = tiny_run.get_config()

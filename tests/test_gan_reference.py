@@ -142,6 +142,7 @@ def test_vqgan_losses_agree_with_the_original(name):
         assert relative_l2(value, expected["final__" + buffer.replace(".", "_")]) < LOSS, buffer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("vidtok", "loss_.*"))
 def test_vidtok_losses_agree_with_the_original(name):
     case = Case("vidtok", name)

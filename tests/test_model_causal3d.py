@@ -87,6 +87,7 @@ def test_indices_lead_back_to_the_latents(model, variables):
     chex.assert_trees_all_close(latents, encoding.latents, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient_and_remat_does_not_change_it(model, variables):
     def gradient(module):
         def loss(params):

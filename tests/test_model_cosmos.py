@@ -274,6 +274,7 @@ def test_hundreds_of_frames_come_out_as_in_one_pass(window):
     assert programs() == (before[0] + more, before[1] + more)
 
 
+@pytest.mark.slow
 def test_a_window_changes_only_what_lies_before_it():
     x = clip(33)  # five latent frames
     continuous = {"bottleneck": {"name": "identity"}, "latent_channels": 4}
@@ -295,6 +296,7 @@ def check_split(size, mesh):
         np.testing.assert_allclose(spread.decode(alone), expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_frames_split_over_devices_are_exact():
     check_split((32, 128), {"context": 8, "split": "width"})
 

@@ -74,6 +74,7 @@ def test_posterior_is_clamped_like_the_original(name):
     np.testing.assert_allclose(each, case.outputs["kl"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("ldm_kl", ".*tiling"))
 def test_tiles_are_those_of_the_original(name):
     case, tok = official(name)

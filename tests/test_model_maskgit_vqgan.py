@@ -227,6 +227,7 @@ def test_configs_of_other_networks_are_refused(config, message):
         maskgit_vqgan.fields_from_official(config)
 
 
+@pytest.mark.slow
 def test_remat_does_not_change_gradients():
     fields = {"bottleneck": {"name": "vq", "codebook_size": 8, "code_dim": 4}, "latent_channels": 4, "blocks": 1}
     module = registry.build("maskgit_vqgan", widths=(32, 64), **fields)

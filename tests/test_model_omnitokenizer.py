@@ -171,7 +171,7 @@ def test_windows_at_the_border_hold_what_is_there():
 @functools.cache
 def toy(**changes):
     """A tokenizer in use; random weights of any kind take longer to make than to run."""
-    bottleneck = {"name": "vq", "codebook_size": 16, "code_dim": 4, "update": "ema"}
+    bottleneck = {"name": "vq", "codebook_size": 16, "code_dim": 4, "learning": "ema"}
     fields = {"bottleneck": bottleneck, "latent_channels": 4, "patch": (2, 4, 4), "width": 8, "encoder_blocks": "tw"}
     fields |= {"decoder_blocks": "t", "temporal_depth": 1, "heads": 2, "head_dim": 4, "window": 2}
     module = registry.build("omnitokenizer", **(fields | changes))

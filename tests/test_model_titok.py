@@ -117,6 +117,7 @@ def test_latents_tokens_and_pixels_are_the_official_ones(name):
     agree(case, "recon", (decoded + 1) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("titok", "tiny_blocks_.*"))
 def test_activations_are_the_official_ones(name):
     case, tok = converted(name)
@@ -174,6 +175,7 @@ PROXY_CONFIG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("titok", "train_stage1_.*"))
 def test_training_steps_of_the_first_stage_are_the_official_ones(name):
     """Cross entropy to MaskGIT's tokens, quantizer losses, gradients, clipping, AdamW without decay of some."""

@@ -302,6 +302,7 @@ def clip(frames, height=4, width=8):
     return refweights.image_like(f"vidtok/{frames}", (1, frames, height, width, 3))
 
 
+@pytest.mark.slow
 def test_dense_layers_lead_to_codes_of_another_number():
     config = official_config(regularizer=fsq(levels=[8, 8, 5], dim=6, commitment_loss_weight=0.25), z_channels=6)
     config["params"]["encoder_config"]["params"]["double_z"] = False
@@ -412,6 +413,7 @@ def test_hundreds_of_frames_in_chunks_are_the_whole_clip(time, fields, cuts):
     np.testing.assert_allclose(joined(pieces), decoded, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_posterior_is_streamed_too():
     tok, pixels = toy("causal-v1.1", "gaussian"), clip(21)
     whole = tok.encode(pixels)
@@ -439,6 +441,7 @@ TILINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TILINGS)
 def test_tiles_of_time_are_the_authors(name):
     case, tok = official(name)
@@ -454,6 +457,7 @@ def test_tiles_of_time_are_the_authors(name):
         assert relative_l2(part(case, f"recon_{where}", recon), case.outputs[f"recon_{where}"]) < TOLERANCE, where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TILINGS)
 def test_whole_clips_of_the_tiling_cases(name):
     case, tok = official(name)
@@ -474,6 +478,7 @@ def test_tiles_need_a_v1_1_model_and_whole_latents():
         temporal_tiles(tok.module, tok.variables, clip(9), chunk=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases("vidtok", "long_video_.*"))
 def test_long_videos_of_v1_0_in_clips(name):
     """The authors' protocols: clips by themselves, or each with the last f - 1 generated frames of the one before."""
@@ -594,6 +599,7 @@ def adam(state):
     return next(leaf for leaf in leaves if isinstance(leaf, optax.ScaleByAdamState))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

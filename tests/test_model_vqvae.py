@@ -179,7 +179,7 @@ def test_quantizers_are_those_of_sonnet(name):
     config, expected = case.meta["config"], case.outputs
     size, dim, ema = config["num_embeddings"], config["embedding_dim"], "ema" in name
     averages = {"decay": config.get("decay"), "epsilon": config.get("epsilon", 1e-5)}
-    follow = {"update": "ema", "initial_cluster_size": 0.0, "debias": True, **averages} if ema else {}
+    follow = {"learning": "ema", "initial_cluster_size": 0.0, "debias": True, **averages} if ema else {}
     vq = VectorQuantizer(size, dim, **follow)
     codes = jnp.asarray(drawn(case, "codebook"))
     variables = vq.init(KEY, codes)
@@ -295,7 +295,7 @@ def test_training_steps_of_two_levels_are_the_original_ones(name):
 # What holds without the originals ------------------------------------------------------------------------------------
 
 SMALL = {"channels": 8, "blocks": 1, "block_channels": 4, "latent_channels": 4}
-CODES = {"name": "vq", "codebook_size": 16, "code_dim": 4, "update": "ema"}
+CODES = {"name": "vq", "codebook_size": 16, "code_dim": 4, "learning": "ema"}
 
 
 @pytest.mark.parametrize("levels", [1, 2])

@@ -99,7 +99,7 @@ def test_the_fused_matrix_is_the_three_side_by_side():
     fused = {"qkv": {"kernel": jnp.concatenate(kernels, 1)}, "out": params["out"]}
     actual = apply(module.clone(fused_qkv=True), {"params": fused}, x)
     np.testing.assert_allclose(actual, apply(module, {"params": params}, x), **CLOSE)
-    with pytest.raises(ValueError, match="needs fused_qkv=False"):
+    with pytest.raises(ValueError, match="need fused_qkv=False"):
         apply(module.clone(fused_qkv=True), {"params": fused}, x, x)
 
 

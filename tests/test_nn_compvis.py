@@ -66,6 +66,7 @@ def test_widths_change_in_the_first_block_of_a_level():
     assert not any("upsample" in name for name in bare)
 
 
+@pytest.mark.slow
 def test_remat_and_devices_do_not_change_the_numbers():
     plain = Encoder(5, **SMALL)
     variables = filled(plain, X)

@@ -37,7 +37,13 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path / "checkout"
 
 
-@each_notebook
+# The Colab notebook trains, evaluates and converts: one to two minutes.
+SLOW = {"colab_quickstart": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=SLOW.get(path.stem, ()), id=path.stem) for path in NOTEBOOKS]
+)
 def test_notebooks_run(path, checkout):
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(

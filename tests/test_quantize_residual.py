@@ -90,7 +90,7 @@ def test_vector_quantizers_in_a_row_or_side_by_side_are_the_official_ones(name, 
     layer = VectorQuantizer(
         config["codebook_size"],
         tables.shape[-1],
-        update="ema",
+        learning="ema",
         decay=config.get("decay", 0.8),
         estimator="rotation_trick" if config.get("rotation_trick", True) else "straight_through",
     )
@@ -132,7 +132,7 @@ def test_a_narrow_codebook_between_projections_is_the_official_one(name):
         config["codebook_size"],
         config["codebook_dim"],
         distance="cosine",
-        update="ema",
+        learning="ema",
         decay=0.8,
         estimator="rotation_trick",
     )
@@ -239,7 +239,7 @@ def test_every_layer_brings_the_code_closer(name):
 
 
 def test_statistics_of_layers_on_eight_devices_are_those_of_one():
-    residual = Residual(tuple(VectorQuantizer(16, 4, update="ema", kmeans_iterations=2) for _ in range(2)))
+    residual = Residual(tuple(VectorQuantizer(16, 4, learning="ema", kmeans_iterations=2) for _ in range(2)))
     z = normal("residual/sharded", (8, 5, 4))
     variables = residual.init(KEY, z)
 

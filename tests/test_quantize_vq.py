@@ -60,7 +60,7 @@ def quantizer_of(config, **fields):
         config["codebook_size"],
         config["dim"],
         distance="cosine" if config.get("use_cosine_sim") else "euclidean",
-        update="ema",
+        learning="ema",
         estimator="rotation_trick" if config.get("rotation_trick", True) else "straight_through",
         decay=config.get("decay", 0.8),
         dead_code_threshold=config.get("threshold_ema_dead_code", 0.0),
@@ -261,7 +261,7 @@ def test_moving_averages_are_those_of_taming(name):
     vq = VectorQuantizer(
         config["n_embed"],
         config["embedding_dim"],
-        update="ema",
+        learning="ema",
         decay=config["decay"],
         epsilon=config["eps"],
         initial_cluster_size=0.0,
@@ -297,7 +297,7 @@ def test_estimators_have_the_official_gradients(name):
 @settings(max_examples=6, deadline=None)
 @given(st.sampled_from(["euclidean", "cosine"]), st.sampled_from(["ema", "gradient"]), st.integers(0, 100))
 def test_every_index_survives_the_round_trip(distance, update, seed):
-    vq = VectorQuantizer(37, 5, distance=distance, update=update, codebook_init=jax.nn.initializers.normal(1.0))
+    vq = VectorQuantizer(37, 5, distance=distance, learning=update, codebook_init=jax.nn.initializers.normal(1.0))
     variables = vq.init(jax.random.key(seed), jnp.zeros((1, 5)))
     indices = jnp.arange(37).reshape(37, 1)
     codes = vq.apply(variables, indices, method="indices_to_codes")
@@ -326,7 +326,7 @@ def test_a_large_search_does_not_hold_all_distances(shape, size):
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 2**30
 
 
-TRAINED = VectorQuantizer(16, 4, update="ema", decay=0.9, dead_code_threshold=0.9, kmeans_iterations=3)
+TRAINED = VectorQuantizer(16, 4, learning="ema", decay=0.9, dead_code_threshold=0.9, kmeans_iterations=3)
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
@@ -354,7 +354,7 @@ def test_statistics_of_a_batch_on_eight_devices_equal_one_device(distance):
 def test_kmeans_runs_on_the_first_training_batch_only():
     clusters = 5 * normal("vq/kmeans/centres", (4, 3))
     z = (clusters[:, None] + 0.01 * normal("vq/kmeans/z", (4, 32, 3))).reshape(2, 64, 3)
-    vq = VectorQuantizer(4, 3, update="ema", kmeans_iterations=10)
+    vq = VectorQuantizer(4, 3, learning="ema", kmeans_iterations=10)
     variables = vq.init(KEY, z, train=True)
     assert not variables["codebook"]["initialised"]
     assert not vq.apply(variables, z, train=False, mutable=["codebook"])[1]["codebook"]["initialised"]
@@ -371,7 +371,7 @@ def test_kmeans_runs_on_the_first_training_batch_only():
 def test_dead_codes_restart_at_distinct_inputs_and_come_into_use():
     z = normal("vq/dead/z", (4, 64, 6))
     far = jnp.full((32, 6), 1e3).at[0].set(0.0)  # one code takes everything
-    vq = VectorQuantizer(32, 6, update="ema", dead_code_threshold=0.5, decay=0.5)
+    vq = VectorQuantizer(32, 6, learning="ema", dead_code_threshold=0.5, decay=0.5)
     variables = state(far, jnp.ones(32))
     step, used = training(vq, {"commitment": 1.0}), []
     for _ in range(4):
@@ -404,7 +404,7 @@ def test_bfloat16_input_is_computed_in_float32():
 
 
 def test_the_initial_state_can_be_donated():
-    vq = VectorQuantizer(8, 4, update="ema")
+    vq = VectorQuantizer(8, 4, learning="ema")
     variables = vq.init(KEY, jnp.zeros((1, 4)))
     step = jax.jit(lambda v, z: vq.apply(v, z, train=True, mutable=["codebook"])[1], donate_argnums=0)
     chex.assert_tree_all_finite(step(variables, normal("vq/donate", (3, 4))))
@@ -419,7 +419,7 @@ def test_an_index_outside_the_codebook_does_not_decode_silently():
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_unused_codes_move_to_inputs(distance):
     """Clustering, by hand: what is not used becomes the nearest input, and the used codes hardly move."""
-    vq = VectorQuantizer(16, 4, distance=distance, update="clustering", codebook_init=nn.initializers.normal(1.0))
+    vq = VectorQuantizer(16, 4, distance=distance, learning="clustering", codebook_init=nn.initializers.normal(1.0))
     z = normal("vq/clustering", (2, 3, 4)) * 2
     variables = vq.init(KEY, z)
     chex.assert_trees_all_equal(variables["codebook"], jax.tree.map(jnp.zeros_like, variables["codebook"]))
@@ -454,11 +454,11 @@ def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="Did you mean 'rotation_trick'"):
         VectorQuantizer(8, 4, estimator="rotation")
     with pytest.raises(ValueError, match="Accepted: gradient, ema"):
-        VectorQuantizer(8, 4, update="sgd")
-    with pytest.raises(ValueError, match="kmeans_iterations=5 needs update='ema'"):
+        VectorQuantizer(8, 4, learning="sgd")
+    with pytest.raises(ValueError, match="kmeans_iterations=5 needs learning='ema'"):
         VectorQuantizer(8, 4, kmeans_iterations=5)
-    with pytest.raises(ValueError, match="epsilon=0.1 needs update='ema', got 'clustering'"):
-        VectorQuantizer(8, 4, update="clustering", decay=0.9, epsilon=0.1)
+    with pytest.raises(ValueError, match="epsilon=0.1 needs learning='ema', got 'clustering'"):
+        VectorQuantizer(8, 4, learning="clustering", decay=0.9, epsilon=0.1)
     vq = VectorQuantizer(8, 4)
     assert vq.input_channels(4) == 4
     with pytest.raises(ValueError, match="code_dim=4 does not make 5 channels"):

@@ -7,6 +7,7 @@ import toys
 
 import tokenizers
 from tokenizers import convert, quantize, registry
+from tokenizers.generators import generator
 
 each_variant = pytest.mark.parametrize("name", registry.available())
 
@@ -86,4 +87,4 @@ def test_wrong_names_get_the_nearest_right_one(call, message):
 
 def test_conversion_files_of_networks_are_no_systems():
     assert {"lpips", "inception", "i3d", "engine", "files"}.isdisjoint(convert.systems())
-    assert set(convert.systems()) <= set(registry.systems())
+    assert set(convert.systems()) <= set(registry.systems()) | set(generator.systems())

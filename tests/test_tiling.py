@@ -59,6 +59,7 @@ def test_shapes_are_those_of_the_tokenizer(shape):
     assert tiled.reconstruct(pixels).shape == pixels.shape
 
 
+@pytest.mark.slow
 def test_streams_of_tiles_are_tiles_of_the_whole():
     tok, pixels = smooth(), clip(1, 13, 24, 32)
     tiled = tok.tiled(16, overlap=4)

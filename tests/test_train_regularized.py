@@ -130,6 +130,7 @@ def test_of_discrete_tokenizers_the_features_are_transformed():
     np.testing.assert_allclose(metrics["loss/commitment"], commitment, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_transforms_trains(tmp_path):
     config = small_config(probability=1.0, scales=(0.5,))
     config.model.update({"widths": (32, 32), "blocks": 1, "attention": (), "middle_attention": False})

@@ -132,6 +132,7 @@ def test_the_run_explains_itself(reference):
     assert [line["step"] for line in curve if "held_out/psnr" in line] == [6, 12, 18, 24]
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_left_to_do_and_can_be_prolonged(reference, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(reference[0], folder)

@@ -71,6 +71,7 @@ def test_a_step_sees_the_values_of_its_own_number_in_one_program():
     assert int(state.skipped) == 0
 
 
+@pytest.mark.slow
 def test_a_constant_schedule_is_the_constant():
     losses = []
     for scheduled in (False, True):

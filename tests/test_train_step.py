@@ -260,6 +260,7 @@ def test_every_kind_of_adversary_trains(changes):
         assert losses[0] > losses[1]  # the penalty comes in every second step, at twice its weight
 
 
+@pytest.mark.slow
 def test_feature_matching_is_added_to_what_fools_the_discriminator():
     fooling = []
     for weight in (0.0, 1.0, 2.0):

@@ -32,7 +32,7 @@ def get_config(arg=None):
     config.model.bottleneck = {"name": "fsq", "levels": (4, 4, 4)}
     config.model.latent_channels = 3
     if arg in ("ema", "clips"):
-        config.model.bottleneck = {"name": "vq", "codebook_size": 16, "code_dim": 3, "update": "ema"}
+        config.model.bottleneck = {"name": "vq", "codebook_size": 16, "code_dim": 3, "learning": "ema"}
         config.loss.bottleneck.commitment = 0.25
     config.optimizer = base.optimizer(lr=1e-2, schedule="cosine", warmup=2)
     if arg != "plain":

@@ -67,7 +67,7 @@ class Training:
         self.noise = (case.input("noise") * np.float32(3**0.5),) if "noise" in meta["inputs"] else ()
         module, model_state = tok.module, {}
         if model.get("clustering_vq"):
-            module = module.clone(bottleneck=module.bottleneck.clone(update="clustering"))
+            module = module.clone(bottleneck=module.bottleneck.clone(learning="clustering"))
             shapes = jax.eval_shape(module.init, jax.random.key(0), self.pixels[:, 0])["codebook"]
             model_state = {"codebook": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)}
         self.module = module

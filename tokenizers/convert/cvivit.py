@@ -119,7 +119,7 @@ def _pair(value: Any) -> tuple[int, int]:
 def _bottleneck(found: Mapping[str, Any]) -> dict[str, Any]:
     size, width = found["codebook_size"], found["dim"]
     if not found["lookup_free_quantization"]:
-        table = {"name": "vq", "codebook_size": size, "code_dim": width, "distance": "cosine", "update": "ema"}
+        table = {"name": "vq", "codebook_size": size, "code_dim": width, "distance": "cosine", "learning": "ema"}
         return {"bottleneck": table | {"decay": 0.8}, "latent_channels": width}
     bits = size.bit_length() - 1
     if size != 2**bits:

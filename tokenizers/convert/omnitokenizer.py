@@ -153,7 +153,7 @@ def _bottleneck(found: Mapping[str, Any]) -> dict[str, Any]:
     channels = found["codebook_dim"]
     if found["use_vae"]:
         return {"bottleneck": {"name": "gaussian"}, "latent_channels": channels, "unit_codes": False}
-    table = {"name": "vq", "codebook_size": found["n_codes"], "code_dim": channels, "update": "ema", "epsilon": 1e-7}
+    table = {"name": "vq", "codebook_size": found["n_codes"], "code_dim": channels, "learning": "ema", "epsilon": 1e-7}
     if not found["no_random_restart"]:
         table["dead_code_threshold"] = float(found["restart_thres"])
     return {"bottleneck": table, "latent_channels": channels, "unit_codes": bool(found["l2_code"])}

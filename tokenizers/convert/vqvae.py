@@ -174,7 +174,7 @@ def _fields_of_one_level(config: Mapping[str, Any]) -> dict[str, Any]:
     bottleneck = {"name": "vq", "codebook_size": config["num_embeddings"], "code_dim": config["embedding_dim"]}
     if config["vq_use_ema"]:
         averages = {"decay": config["decay"], "epsilon": config["epsilon"], "initial_cluster_size": 0.0, "debias": True}
-        bottleneck |= {"update": "ema", **averages}
+        bottleneck |= {"learning": "ema", **averages}
     return {
         "bottleneck": bottleneck,
         "latent_channels": config["embedding_dim"],
@@ -194,7 +194,7 @@ def _fields_of_two_levels(config: Mapping[str, Any]) -> dict[str, Any]:
         "name": "vq",
         "codebook_size": config["n_embed"],
         "code_dim": config["embed_dim"],
-        "update": "ema",
+        "learning": "ema",
         "initial_cluster_size": 0.0,
     }
     return {

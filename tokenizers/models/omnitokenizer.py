@@ -185,7 +185,7 @@ class Model(nn.Module):
       dtype: compute dtype; parameters, norms' statistics, the bottleneck and the output are float32.
     """
 
-    bottleneck: nn.Module = VectorQuantizer(8192, 8, update="ema", epsilon=1e-7)
+    bottleneck: nn.Module = VectorQuantizer(8192, 8, learning="ema", epsilon=1e-7)
     latent_channels: int = 8
     unit_codes: bool = True
     patch: tuple[int, int, int] = (4, 8, 8)
@@ -353,7 +353,7 @@ def _shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 # ------------------------------------------------------------------------------------------------------------ variants
 
-_VQ = {"bottleneck": {"name": "vq", "codebook_size": 8192, "code_dim": 8, "update": "ema", "epsilon": 1e-7}}
+_VQ = {"bottleneck": {"name": "vq", "codebook_size": 8192, "code_dim": 8, "learning": "ema", "epsilon": 1e-7}}
 _VAE = {"bottleneck": {"name": "gaussian"}, "unit_codes": False}
 _IMAGES = _VQ | {"patch": (2, 8, 8), "spatial_positions": "none"}
 _NOTE = "not causal in time: its positions over time are mixed up"

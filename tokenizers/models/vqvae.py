@@ -200,7 +200,7 @@ class Model(nn.Module):
       dtype: compute dtype; parameters, bottleneck and pixels are float32.
     """
 
-    bottleneck: nn.Module = VectorQuantizer(512, 64, update="ema", initial_cluster_size=0.0, debias=True)
+    bottleneck: nn.Module = VectorQuantizer(512, 64, learning="ema", initial_cluster_size=0.0, debias=True)
     latent_channels: int = 64
     channels: int = 128
     blocks: int = 2
@@ -250,7 +250,7 @@ class Model(nn.Module):
 
 
 def _variant(levels: int, codebook: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
-    bottleneck = {"name": "vq", "codebook_size": 512, "code_dim": 64, "update": "ema", "initial_cluster_size": 0.0}
+    bottleneck = {"name": "vq", "codebook_size": 512, "code_dim": 64, "learning": "ema", "initial_cluster_size": 0.0}
     return {"bottleneck": bottleneck | codebook, "latent_channels": 64, "levels": levels, **fields}
 
 

@@ -26,7 +26,7 @@ from .gradients import ESTIMATORS, unit_norm
 from .nearest import DISTANCES, nearest
 
 Array = jax.Array
-UPDATES = ("gradient", "ema", "clustering")
+LEARNING = ("gradient", "ema", "clustering")
 COMMITMENTS = ("distance", "cross_entropy")
 _EMA_FIELDS = (
     "decay",
@@ -59,9 +59,9 @@ class VectorQuantizer(nn.Module):
     """Replaces every vector of ``z (..., D)`` by the nearest of K codes.
 
     ``losses["commitment"]`` = mean((sg(code) - z)^2) trains the encoder, ``losses["codebook"]`` =
-    mean((code - sg(z))^2) a learned codebook; with ``update="ema"`` the latter is absent. Means run over all elements,
-    channels included. Weights of known losses as (commitment, codebook): VQ-VAE and MAGVIT (0.25, 1); VQGAN (1, 0.25),
-    since its released code has them swapped; a moving-average codebook (0.25, -).
+    mean((code - sg(z))^2) a learned codebook; with ``learning="ema"`` the latter is absent. Means run over all
+    elements, channels included. Weights of known losses as (commitment, codebook): VQ-VAE and MAGVIT (0.25, 1); VQGAN
+    (1, 0.25), since its released code has them swapped; a moving-average codebook (0.25, -).
 
     With ``distance="cosine"`` z and the codes are normalised to length one first; latents are unit vectors and the
     losses compare unit vectors.
@@ -75,7 +75,7 @@ class VectorQuantizer(nn.Module):
     collection must be mutable then). One call works on the codes before its own update: k-means on the first batch,
     quantization, average, restart.
 
-    ``update="clustering"`` (`codebook.clustered`, TA-TiTok) has a learned codebook whose unused codes also move to
+    ``learning="clustering"`` (`codebook.clustered`, TA-TiTok) has a learned codebook whose unused codes also move to
     inputs. A module cannot change its parameters, so the collection ``codebook`` holds how far they ``moved (K, D)``
     beside the optimizer's steps, and the ``usage (K,)`` of codes; a code is the sum of parameter and movement.
 
@@ -83,7 +83,7 @@ class VectorQuantizer(nn.Module):
       codebook_size: K.
       code_dim: D.
       distance: ``euclidean`` or ``cosine``.
-      update: ``gradient`` (parameter ``codebook``), ``ema`` or ``clustering``.
+      learning: ``gradient`` (parameter ``codebook``), ``ema`` or ``clustering``.
       estimator: ``straight_through`` or ``rotation_trick``: the gradient that z receives from the latents.
       codebook_init: initializer of the table.
       decay, epsilon: of the moving averages and of the Laplace smoothing of counts; clustering has only the first.
@@ -106,13 +106,13 @@ class VectorQuantizer(nn.Module):
       diversity: while training, ``losses["diversity"]`` is minus the entropy of softmax(-distance * diversity),
         averaged over the batch before it is taken and over positions after; 0 leaves it out.
 
-    Those from ``decay`` to ``pick_rows`` need ``update="ema"``: elsewhere the optimizer owns the table.
+    Those from ``decay`` to ``pick_rows`` need ``learning="ema"``: elsewhere the optimizer owns the table.
     """
 
     codebook_size: int
     code_dim: int
     distance: str = "euclidean"
-    update: str = "gradient"
+    learning: str = "gradient"
     estimator: str = "straight_through"
     codebook_init: Callable[..., Array] = uniform_codebook
     decay: float = 0.99
@@ -137,13 +137,13 @@ class VectorQuantizer(nn.Module):
         if self.commitment not in COMMITMENTS:
             raise errors.unknown("commitment", self.commitment, COMMITMENTS)
         errors.pick("gradient estimator", self.estimator, ESTIMATORS)
-        if self.update not in UPDATES:
-            raise errors.unknown("codebook update", self.update, UPDATES)
-        if self.update != "ema":
-            for field in _EMA_FIELDS[self.update == "clustering" :]:
+        if self.learning not in LEARNING:
+            raise errors.unknown("learning of the codebook", self.learning, LEARNING)
+        if self.learning != "ema":
+            for field in _EMA_FIELDS[self.learning == "clustering" :]:
                 default = type(self).__dataclass_fields__[field].default
                 if getattr(self, field) != default:
-                    raise ValueError(f"{field}={getattr(self, field)!r} needs update='ema', got {self.update!r}.")
+                    raise ValueError(f"{field}={getattr(self, field)!r} needs learning='ema', got {self.learning!r}.")
         elif self.orthogonal:
             raise ValueError("orthogonal=True needs a learned codebook: moving averages do not follow a gradient.")
         if self.debias and (self.initial_cluster_size or self.dead_code_threshold or self.kmeans_iterations):
@@ -155,9 +155,9 @@ class VectorQuantizer(nn.Module):
 
     def setup(self):
         shape = (self.codebook_size, self.code_dim)
-        if self.update != "ema":
+        if self.learning != "ema":
             self.table = self.param("codebook", self.codebook_init, shape, jnp.float32)
-            if self.update == "clustering":
+            if self.learning == "clustering":
                 self.moved = self.variable("codebook", "moved", jnp.zeros, shape, jnp.float32)
                 self.usage = self.variable("codebook", "usage", jnp.zeros, shape[:1], jnp.float32)
             return
@@ -186,7 +186,7 @@ class VectorQuantizer(nn.Module):
         self._check(z.shape)
         inputs, z = z, to_metric(z.astype(jnp.float32), self.distance)
         training = train and not self.is_initializing()
-        follow = training and self.update == "ema"
+        follow = training and self.learning == "ema"
         rows = jax.lax.stop_gradient(z).reshape(-1, self.code_dim)
         if follow and self.kmeans_iterations:
             self._store(self._clustered(rows))
@@ -195,7 +195,7 @@ class VectorQuantizer(nn.Module):
         indices = self._sampled(z, table) if train and self.sample_temperature else nearest(z, table, self.distance)
         codes = jnp.take(table, indices, axis=0)
         losses = {"commitment": self._committed(z, table, codes, indices)}
-        if self.update != "ema":
+        if self.learning != "ema":
             losses["codebook"] = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
         if self.orthogonal and train:
             losses["orthogonality"] = orthogonality(self._learned())
@@ -205,16 +205,16 @@ class VectorQuantizer(nn.Module):
             losses["diversity"] = self._diversity(z, table)
         if follow:
             self._store(self._averaged(rows, indices.reshape(-1)))
-        if training and self.update == "clustering":
+        if training and self.learning == "clustering":
             self._cluster(jax.lax.stop_gradient(inputs).reshape(rows.shape), rows, indices.reshape(-1))
         return Encoding(latents=ESTIMATORS[self.estimator](z, codes), indices=indices, losses=losses)
 
     def codebook(self) -> Array:
         """The table of codes ``(K, D)``, float32; unit vectors for the cosine distance."""
-        return self.codes.value if self.update == "ema" else to_metric(self._learned(), self.distance)
+        return self.codes.value if self.learning == "ema" else to_metric(self._learned(), self.distance)
 
     def _learned(self) -> Array:
-        return self.table + self.moved.value if self.update == "clustering" else self.table
+        return self.table + self.moved.value if self.learning == "clustering" else self.table
 
     def _cluster(self, inputs: Array, rows: Array, indices: Array):
         """``inputs`` are anchors as they come, ``rows`` what distances compare."""
