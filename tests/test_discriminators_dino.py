@@ -31,6 +31,7 @@ def weights(tmp_path, monkeypatch):
     return path, network, variables
 
 
+@pytest.mark.slow
 def test_heads_see_tokens_of_several_depths(weights):
     path, network, variables = weights
     loaded = foundation.load("dinov2_small", path)

@@ -45,6 +45,7 @@ def test_velocities_are_the_official_ones(name):
         assert relative_l2(lightningdit.time_features(jnp.asarray(t)), case.outputs["t_freq"]) < OUTPUT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases(SYSTEM, "train_.*"))
 def test_a_training_step_is_the_official_one(name):
     case = Case(SYSTEM, name)

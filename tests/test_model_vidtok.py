@@ -425,6 +425,7 @@ def test_a_posterior_is_streamed_too():
     np.testing.assert_allclose(joined(one), tok.decode(whole.latents[:, :1]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_looks_ahead_gives_pixels_one_latent_later():
     tok, latents = toy("causal-v1.1"), toy("causal-v1.1").encode(clip(21)).latents
     assert tok.spec.lookahead == 1
