@@ -179,9 +179,7 @@ def get_base() -> ConfigDict:
     config.discriminator.clips_only = False  # True: batches of images do not see it (OmniTokenizer)
     config.discriminator.start = 0  # first step that trains it
     config.discriminator.generator_start = 0  # first step whose generator sees it
-    config.discriminator.ramp = (
-        1_000  # steps from there on over which its part in the generator's loss grows to all of it
-    )
+    config.discriminator.ramp = 1_000  # steps from there on over which its part in the generator's loss grows
     config.discriminator.weight = 0.1
     config.discriminator.adaptive = True  # lambda from the gradients at the decoder's last layer (VQGAN)
     config.discriminator.adaptive_max = 10.0

@@ -20,7 +20,7 @@ ALLOWED = {
     "networks": FOUNDATION | {"parallel", "nn", "convert"},
     "discriminators": FOUNDATION | {"parallel", "nn"},
     "losses": {"errors", "networks"},
-    "generators": FOUNDATION | {"parallel", "nn", "convert"},
+    "generators": FOUNDATION | {"parallel", "nn", "convert", "registry"},
     "data": {"errors"},
     "captions": set(),
     "streaming": FOUNDATION | {"parallel", "nn"},

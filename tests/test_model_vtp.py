@@ -136,7 +136,7 @@ def test_a_text_tower_with_a_class_token_is_the_official_one():
 
 
 def test_token_ids_are_the_official_ones():
-    pytest.importorskip("instant_clip_tokenizer")
+    pytest.importorskip("instant_clip_tokenizer", reason="no wheel for this Python; token ids work without it")
     case = Case("vtp", "tokenizer")
     np.testing.assert_array_equal(captions.token_ids(case.meta["run"]["texts"]), case.outputs["ids"])
 

@@ -141,15 +141,10 @@ def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[st
 
 
 def _converted(table, state_dict: Mapping[str, np.ndarray], name: str, fields: Mapping[str, Any]) -> Tokenizer:
-    """Two functions of a conversion file are optional: one for other layouts of names, one for what no config says."""
-    from .convert import engine
-
-    if hasattr(table, "official_names"):
-        state_dict = table.official_names(state_dict)
+    state_dict = convert.named(table, state_dict)
     module = registry.build(name, **fields)
     if hasattr(table, "fields_from_weights"):
         fields = {**fields, **table.fields_from_weights(module, state_dict)}
         module = registry.build(name, **fields)
-    shapes = registry.abstract_variables(module)
-    variables = engine.to_tree(convert.rules(table, module), shapes, state_dict, ignore=table.IGNORE)
+    variables = convert.variables(table, module, registry.abstract_variables(module), state_dict)
     return Tokenizer(module, jax.tree.map(jnp.asarray, variables), name, fields)

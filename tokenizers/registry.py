@@ -64,11 +64,15 @@ def build(name: str, **fields: Any) -> nn.Module:
     system, known = system_of(name), variants()
     if name in known:
         fields = dict(known[name][1].config) | fields
-    model = systems()[system].Model
+    return with_fields(systems()[system].Model, system, fields)
+
+
+def with_fields(model: type[nn.Module], name: str, fields: Mapping[str, Any]) -> nn.Module:
+    """A module of that class, of fields as a config or a file has them; ``name`` is for the error of an unknown one."""
     accepted = [field for field in model.__dataclass_fields__ if field not in _LINEN_FIELDS]
     for field in fields:
         if field not in accepted:
-            raise errors.unknown(f"field of {system}", field, accepted)
+            raise errors.unknown(f"field of {name}", field, accepted)
     return model(**{field: _attribute(field, value) for field, value in fields.items()})
 
 

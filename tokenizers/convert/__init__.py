@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from .. import errors
+from . import engine
 
 
 def systems() -> dict[str, ModuleType]:
@@ -38,3 +42,13 @@ def system(name: str) -> ModuleType:
 def rules(file: ModuleType, module: Any) -> Any:
     """The table of a conversion file for a model."""
     return file.table_of(module) if hasattr(file, "table_of") else file.TABLE
+
+
+def named(file: ModuleType, state_dict: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Official tensors under the names of the file's table."""
+    return file.official_names(state_dict) if hasattr(file, "official_names") else state_dict
+
+
+def variables(file: ModuleType, module: Any, shapes: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Official tensors, `named`, as the variables of a model; ``shapes`` are those of its variables."""
+    return engine.to_tree(rules(file, module), shapes, state_dict, ignore=file.IGNORE)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import convert, errors
+from .. import convert, errors, registry
 from ..parallel import platform
 from ..types import Array
 from . import flow
@@ -40,25 +40,23 @@ def build(name: str, **fields: Any) -> nn.Module:
     }
     known |= {system: (file, {}) for system, file in systems().items()}
     file, config = errors.pick("generator", name, known)
-    accepted = [field.name for field in dataclasses.fields(file.Model) if field.name not in ("parent", "name")]
-    for field in fields:
-        if field not in accepted:
-            raise errors.unknown(f"field of {name}", field, accepted)
-    return file.Model(**{**config, **fields})
+    return registry.with_fields(file.Model, name, config | fields)
 
 
 def shapes(module: nn.Module) -> Mapping[str, Any]:
     """Shapes and dtypes of its variables."""
-    x = jnp.zeros((1, *module.grid, module.channels), jnp.float32)
-    return jax.eval_shape(module.init, jax.random.key(0), x, jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    return jax.eval_shape(module.init, jax.random.key(0), *_example(module))
+
+
+def _example(module: nn.Module) -> tuple[Array, Array, Array]:
+    return jnp.zeros((1, *module.grid, module.channels), jnp.float32), jnp.zeros(1), jnp.zeros(1, jnp.int32)
 
 
 def create(name: str, seed: int = 0, **fields: Any) -> Generator:
     """A generator with random weights."""
     module = build(name, **fields)
-    x = jnp.zeros((1, *module.grid, module.channels), jnp.float32)
     initialize = jax.jit(module.init, compiler_options=platform.run_once_options())
-    return Generator(module, initialize(jax.random.key(seed), x, jnp.zeros(1), jnp.zeros(1, jnp.int32)), name)
+    return Generator(module, initialize(jax.random.key(seed), *_example(module)), name)
 
 
 def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[str, np.ndarray]) -> Generator:
@@ -78,13 +76,9 @@ def load(file: str | pathlib.Path, model: str, **fields: Any) -> Generator:
 
 
 def _converted(name: str, fields: Mapping[str, Any], state_dict: Mapping[str, np.ndarray]) -> Generator:
-    from ..convert import engine
-
     module = build(name, **fields)
     table = convert.system(_system_of(module))
-    if hasattr(table, "official_names"):
-        state_dict = table.official_names(state_dict)
-    variables = engine.to_tree(convert.rules(table, module), shapes(module), state_dict, ignore=table.IGNORE)
+    variables = convert.variables(table, module, shapes(module), convert.named(table, state_dict))
     return Generator(module, jax.tree.map(jnp.asarray, variables), name)
 
 

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .norm import UnitNorm
+
 Array = jax.Array
 
 
@@ -41,8 +43,7 @@ class PrototypeHead(nn.Module):
             width = self.bottleneck if last else self.hidden
             x = nn.Dense(width, kernel_init=init, dtype=self.dtype, name=f"hidden_{layer}")(x)
             x = x if last else nn.gelu(x, approximate=False)
-        x = x.astype(jnp.float32)
-        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        x = UnitNorm(use_scale=False)(x.astype(jnp.float32))
         kernel = self.param("prototypes", init, (self.bottleneck, self.prototypes), jnp.float32)
         if self.weight_norm:
             norms = self.param("prototype_norms", nn.initializers.ones, (self.prototypes,), jnp.float32)
