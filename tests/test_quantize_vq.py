@@ -30,7 +30,12 @@ def state(codes, cluster_size, embed_avg=None, initialised=True):
     return {"codebook": {key: jnp.asarray(value) for key, value in values.items()}}
 
 
-def training(vq, weights, g=0.0):
+def evaluated(vq, variables, z):
+    encoding = vq.apply(variables, z)
+    return encoding.indices, encoding.latents
+
+
+def training(vq, weights, g=0.0, mask=None):
     """A jitted step ``(variables, z) -> (encoding, new variables, gradient in z, gradient in the parameters)``.
 
     The gradients are those of sum(latents * g) + the weighted loss terms.
@@ -38,7 +43,7 @@ def training(vq, weights, g=0.0):
 
     def objective(z, params, variables):
         encoding, changed = vq.apply(
-            {**variables, **params}, z, train=True, rngs={"bottleneck": KEY}, mutable=["codebook"]
+            {**variables, **params}, z, train=True, mask=mask, rngs={"bottleneck": KEY}, mutable=["codebook"]
         )
         losses = sum(weights[name] * value for name, value in encoding.losses.items())
         return jnp.sum(encoding.latents * g) + losses, (encoding, {**variables, **changed})
@@ -120,6 +125,66 @@ def test_training_steps_are_the_official_ones(name):
     assert relative_l2(encoding.latents, expected["eval_quantized"]) < TOLERANCE
     from_indices = vq.apply(variables, encoding.indices, method="indices_to_codes")
     assert relative_l2(from_indices, expected["from_indices"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", cases("quantizers", "vq_affine.*"))
+def test_codes_move_to_the_statistics_of_inputs_as_the_official_ones(name):
+    case = Case("quantizers", name)
+    expected = case.outputs
+    vq = quantizer_of(case.meta["config"]).clone(affine=(0.99, 0.9))
+    codes = jnp.asarray(case.input("codebook"))
+    variables = {
+        "codebook": vq.init(KEY, case.input("x0"))["codebook"] | state(codes, jnp.ones(len(codes)))["codebook"]
+    }
+    step = training(vq, {"commitment": 1.0}, case.input("g"))
+    for i in range(case.meta["steps"]):
+        encoding, variables, grad, _ = step(variables, case.input(f"x{i}"))
+        new = variables["codebook"]
+        np.testing.assert_array_equal(encoding.indices, expected[f"s{i}_indices"])
+        assert relative_l2(encoding.latents, expected[f"s{i}_quantized"]) < TOLERANCE
+        assert relative_l2(grad, expected[f"s{i}_grad_x"]) < TOLERANCE
+        np.testing.assert_allclose(encoding.losses["commitment"], expected[f"s{i}_loss"], rtol=TOLERANCE)
+        assert relative_l2(new["codes"], expected[f"s{i}_embed"][0]) < TOLERANCE
+        assert relative_l2(new["cluster_size"], expected[f"s{i}_cluster_size"][0]) < TOLERANCE
+        assert relative_l2(new["embed_avg"], expected[f"s{i}_embed_avg"][0]) < TOLERANCE
+
+    indices, latents = evaluated(vq, variables, case.input("x0"))
+    # Theirs are the entries of the table as they are, which are not the codes that the decoder was given.
+    assert relative_l2(variables["codebook"]["codes"][indices], expected["from_indices"]) < TOLERANCE
+    codes = vq.apply(variables, indices, method="indices_to_codes")
+    np.testing.assert_array_equal(codes, latents)
+    np.testing.assert_array_equal(vq.apply(variables, codes, method="codes_to_indices"), indices)
+    # Their evaluation moves the statistics of inputs once more.
+    moved = codebook.affine_state(
+        codebook.AffineState(**new["affine"]), case.input("x0").reshape(-1, vq.code_dim), new["codes"], (0.99, 1.0)
+    )
+    indices, latents = evaluated(vq, {"codebook": new | {"affine": moved._asdict()}}, case.input("x0"))
+    np.testing.assert_array_equal(indices, expected["eval_indices"])
+    assert relative_l2(latents, expected["eval_quantized"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", cases("quantizers", "vq_mask.*"))
+def test_masked_positions_are_left_out_as_in_the_official_code(name):
+    case = Case("quantizers", name)
+    expected, entry = case.outputs, case.meta["inputs"]["mask"]
+    mask = uniform(entry["seed_name"], tuple(entry["shape"])) >= 0  # of two integers, the second
+    vq = quantizer_of(case.meta["config"])
+    codes = jnp.asarray(case.input("codebook"))
+    variables = state(codes, jnp.ones(len(codes)))
+    step = training(vq, {"commitment": 1.0}, case.input("g"), mask)
+    for i in range(case.meta["steps"]):
+        encoding, variables, grad, _ = step(variables, case.input(f"x{i}"))
+        np.testing.assert_array_equal(encoding.indices, expected[f"s{i}_indices"])
+        assert (np.asarray(encoding.indices) == -1).any()
+        assert relative_l2(encoding.latents, expected[f"s{i}_quantized"]) < TOLERANCE
+        assert relative_l2(grad, expected[f"s{i}_grad_x"]) < TOLERANCE
+        np.testing.assert_allclose(encoding.losses["commitment"], expected[f"s{i}_loss"], rtol=TOLERANCE)
+        for ours, theirs in (("codes", "embed"), ("cluster_size", "cluster_size"), ("embed_avg", "embed_avg")):
+            assert relative_l2(variables["codebook"][ours], expected[f"s{i}_{theirs}"][0]) < TOLERANCE
+    encoding = vq.apply(variables, case.input("x0"), mask=mask)
+    np.testing.assert_array_equal(encoding.indices, expected["eval_indices"])
+    assert relative_l2(encoding.latents, expected["eval_quantized"]) < TOLERANCE
+    np.testing.assert_array_equal(vq.apply(variables, encoding.indices, method="indices_to_codes"), encoding.latents)
 
 
 @pytest.mark.parametrize("name", cases("quantizers", "vq_gumbel_stochastic"))
@@ -416,6 +481,23 @@ def test_an_index_outside_the_codebook_does_not_decode_silently():
     assert jnp.isnan(vq.apply(variables, jnp.asarray([8]), method="indices_to_codes")).all()
 
 
+def test_a_mask_counts_as_if_the_other_positions_were_not_there():
+    """K-means, averages and restarts, and statistics of affine codes."""
+    z = normal("vq/masked/z", (2, 12, 4))
+    mask = np.arange(24).reshape(2, 12) % 3 > 0
+    vq = VectorQuantizer(
+        8, 4, learning="ema", kmeans_iterations=2, dead_code_threshold=1.2, pick_rows=codebook.first_rows,
+        affine=(0.9, 0.9), commitment="cross_entropy",
+    )  # fmt: skip
+    variables = vq.init(KEY, z)
+    masked = vq.apply(variables, z, True, mask, rngs={"bottleneck": KEY}, mutable=["codebook"])
+    alone = vq.apply(variables, z[mask], True, rngs={"bottleneck": KEY}, mutable=["codebook"])
+    np.testing.assert_array_equal(masked[0].indices[mask], alone[0].indices)
+    # Only the order of sums differs.
+    chex.assert_trees_all_close(masked[1], alone[1], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(masked[0].losses, alone[0].losses, rtol=1e-5)
+
+
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_unused_codes_move_to_inputs(distance):
     """Clustering, by hand: what is not used becomes the nearest input, and the used codes hardly move."""
@@ -459,6 +541,14 @@ def test_impossible_settings_are_refused():
         VectorQuantizer(8, 4, kmeans_iterations=5)
     with pytest.raises(ValueError, match="epsilon=0.1 needs learning='ema', got 'clustering'"):
         VectorQuantizer(8, 4, learning="clustering", decay=0.9, epsilon=0.1)
+    with pytest.raises(ValueError, match=r"affine=\(0.99, 0.9\) needs learning='ema', got 'gradient'"):
+        VectorQuantizer(8, 4, affine=(0.99, 0.9))
+    with pytest.raises(ValueError, match="needs distance='euclidean', got 'cosine'"):
+        VectorQuantizer(8, 4, learning="ema", distance="cosine", affine=(0.99, 0.9))
+    with pytest.raises(ValueError, match=r"shape \(2, 5\) of the positions, got \(2,\)"):
+        VectorQuantizer(8, 4).init(KEY, jnp.zeros((2, 5, 4)), mask=jnp.ones(2, bool))
+    with pytest.raises(ValueError, match="a mask goes neither"):
+        VectorQuantizer(8, 4, learning="clustering").init(KEY, jnp.zeros((2, 5, 4)), mask=jnp.ones((2, 5), bool))
     vq = VectorQuantizer(8, 4)
     assert vq.input_channels(4) == 4
     with pytest.raises(ValueError, match="code_dim=4 does not make 5 channels"):

@@ -24,8 +24,59 @@ class CodebookState(NamedTuple):
     embed_avg: Array
 
 
+class AffineState(NamedTuple):
+    """Moving averages of mean and variance, each ``(D,)``, of inputs and of codes, and whether there are any yet."""
+
+    input_mean: Array
+    input_variance: Array
+    code_mean: Array
+    code_variance: Array
+    begun: Array
+
+    @classmethod
+    def start(cls, channels: int) -> AffineState:
+        """Before the first batch: the map between both is the identity."""
+        zeros, ones = (lambda: jnp.zeros(channels, jnp.float32)), (lambda: jnp.ones(channels, jnp.float32))
+        return cls(zeros(), ones(), zeros(), ones(), jnp.zeros((), bool))
+
+    def to_inputs(self, codes: Array) -> Array:
+        """``(..., D)``, from mean and deviation of the codes to those of the inputs."""
+        return (codes - self.code_mean) * (_deviation(self.input_variance) / _deviation(self.code_variance)) + (
+            self.input_mean
+        )
+
+    def to_codes(self, inputs: Array) -> Array:
+        """``(..., D)``, the way back."""
+        return (inputs - self.input_mean) * (_deviation(self.code_variance) / _deviation(self.input_variance)) + (
+            self.code_mean
+        )
+
+
+def _deviation(variance: Array) -> Array:
+    return jnp.sqrt(jnp.maximum(variance, 1e-5))
+
+
+def affine_state(
+    state: AffineState, rows: Array, codes: Array, decays: tuple[float, float], mask: Array | None = None
+) -> AffineState:
+    """One update with rows ``(N, D)``, those of the mask ``(N,)``, and codes ``(K, D)``; the first one sets it."""
+    weights = jnp.ones(rows.shape[0]) if mask is None else mask.astype(jnp.float32)
+    mean = jnp.average(rows, axis=0, weights=weights)
+    variance = jnp.average(jnp.square(rows - mean), axis=0, weights=weights)
+    new = (mean, variance, jnp.mean(codes, axis=0), jnp.var(codes, axis=0))
+    kept = (decays[0], decays[0], decays[1], decays[1])
+    averages = (
+        jnp.where(state.begun, decay * old + (1.0 - decay) * value, value)
+        for old, value, decay in zip(state[:4], new, kept, strict=True)
+    )
+    return AffineState(*averages, jnp.ones_like(state.begun))
+
+
 def assignment_sums(rows: Array, indices: Array, codebook_size: int) -> tuple[Array, Array]:
-    """How many rows each code got, and their sum: rows ``(N, D)``, indices ``(N,)`` -> float32 ``(K,)``, ``(K, D)``."""
+    """How many rows each code got, and their sum: rows ``(N, D)``, indices ``(N,)`` -> float32 ``(K,)``, ``(K, D)``.
+
+    A row with the index K counts for no code.
+    """
     counts = jax.ops.segment_sum(jnp.ones(rows.shape[0], jnp.float32), indices, codebook_size)
     return counts, jax.ops.segment_sum(rows, indices, codebook_size)
 
@@ -103,15 +154,18 @@ def restart_dead_codes(
     return jax.lax.cond(jnp.any(dead), restart, lambda state: state, state)
 
 
-def kmeans(rows: Array, means: Array, iterations: int, distance: str) -> tuple[Array, Array]:
+def kmeans(rows: Array, means: Array, iterations: int, distance: str, mask: Array | None = None) -> tuple[Array, Array]:
     """Lloyd's algorithm: rows ``(N, D)``, initial means ``(K, D)`` -> means and counts ``(K,)`` of the last assignment.
 
-    A cluster without rows keeps its mean. With the cosine distance rows and means are unit vectors.
+    A cluster without rows keeps its mean. With the cosine distance rows and means are unit vectors. Only rows of the
+    mask ``(N,)`` count.
     """
 
     def iterate(_, means_and_counts):
         means, _ = means_and_counts
-        counts, sums = assignment_sums(rows, nearest(rows, means, distance), means.shape[0])
+        indices = nearest(rows, means, distance)
+        indices = indices if mask is None else jnp.where(mask, indices, means.shape[0])
+        counts, sums = assignment_sums(rows, indices, means.shape[0])
         moved = to_metric(sums / jnp.maximum(counts, 1.0)[:, None], distance)
         return jnp.where(counts[:, None] > 0, moved, means), counts
 
@@ -119,10 +173,18 @@ def kmeans(rows: Array, means: Array, iterations: int, distance: str) -> tuple[A
 
 
 def kmeans_state(
-    rows: Array, key: Array, codebook_size: int, iterations: int, epsilon: float, distance: str, pick_rows: RowPicker
+    rows: Array,
+    key: Array,
+    codebook_size: int,
+    iterations: int,
+    epsilon: float,
+    distance: str,
+    pick_rows: RowPicker,
+    mask: Array | None = None,
 ) -> CodebookState:
-    """A codebook whose codes and averages are those of a k-means clustering of the rows ``(N, D)``."""
-    means, counts = kmeans(rows, pick_rows(key, rows, codebook_size), iterations, distance)
+    """A codebook whose codes and averages are those of a k-means clustering of the rows ``(N, D)`` of the mask."""
+    candidates = rows if mask is None else counted_rows(rows, mask)
+    means, counts = kmeans(rows, pick_rows(key, candidates, codebook_size), iterations, distance, mask)
     embed_avg = means * counts[:, None]
     return CodebookState(smoothed_mean(counts, embed_avg, epsilon, distance), counts, embed_avg)
 
@@ -136,6 +198,12 @@ def random_rows(key: Array, rows: Array, count: int) -> Array:
     """``count`` rows in random order, none twice before all were used: ``(N, D) -> (count, D)``."""
     order = jax.random.permutation(key, rows.shape[0])
     return rows[order[jnp.arange(count) % rows.shape[0]]]
+
+
+def counted_rows(rows: Array, mask: Array) -> Array:
+    """Rows ``(N, D)`` of the mask ``(N,)`` in their order, from the beginning again until there are N."""
+    order = jnp.argsort(~mask, stable=True)
+    return jnp.take(rows, order[jnp.arange(rows.shape[0]) % jnp.maximum(jnp.sum(mask), 1)], axis=0)
 
 
 def first_rows(key: Array, rows: Array, count: int) -> Array:

@@ -12,9 +12,12 @@ import jax.numpy as jnp
 from .. import errors
 from ..types import Encoding
 from .codebook import (
+    AffineState,
     CodebookState,
     RowPicker,
+    affine_state,
     clustered,
+    counted_rows,
     kmeans_state,
     moving_average,
     random_rows,
@@ -28,6 +31,7 @@ from .nearest import DISTANCES, nearest
 Array = jax.Array
 LEARNING = ("gradient", "ema", "clustering")
 COMMITMENTS = ("distance", "cross_entropy")
+MASKED = -1  # index of positions that do not count
 _EMA_FIELDS = (
     "decay",
     "epsilon",
@@ -36,6 +40,7 @@ _EMA_FIELDS = (
     "dead_code_threshold",
     "kmeans_iterations",
     "pick_rows",
+    "affine",
 )
 
 
@@ -79,6 +84,12 @@ class VectorQuantizer(nn.Module):
     inputs. A module cannot change its parameters, so the collection ``codebook`` holds how far they ``moved (K, D)``
     beside the optimizer's steps, and the ``usage (K,)`` of codes; a code is the sum of parameter and movement.
 
+    With ``affine`` (Huh et al., https://arxiv.org/abs/2305.08842, section 4.2) moving averages of mean and deviation of
+    inputs and codes live there too. A code is the entry of the table, moved from the codes' mean and deviation to those
+    of the inputs; averages and restarts see inputs the other way round.
+
+    A ``mask`` says which positions count. The others get index -1 and code 0, and are in no loss and no average.
+
     Attributes:
       codebook_size: K.
       code_dim: D.
@@ -105,8 +116,11 @@ class VectorQuantizer(nn.Module):
         chosen code (vector-quantize-pytorch); that and the next one compute positions x codes at once.
       diversity: while training, ``losses["diversity"]`` is minus the entropy of softmax(-distance * diversity),
         averaged over the batch before it is taken and over positions after; 0 leaves it out.
+      affine: decays of the statistics of (inputs, codes), (0.99, 0.9) in vector-quantize-pytorch; ``None`` takes codes
+        as the table has them. Needs the Euclidean distance.
 
-    Those from ``decay`` to ``pick_rows`` need ``learning="ema"``: elsewhere the optimizer owns the table.
+    Those from ``decay`` to ``pick_rows``, and ``affine``, need ``learning="ema"``: elsewhere the optimizer owns the
+    table.
     """
 
     codebook_size: int
@@ -129,6 +143,7 @@ class VectorQuantizer(nn.Module):
     sample_temperature: float = 0.0
     commitment: str = "distance"
     diversity: float = 0.0
+    affine: tuple[float, float] | None = None
 
     def __post_init__(self):
         if self.entropy is not None:
@@ -146,6 +161,8 @@ class VectorQuantizer(nn.Module):
                     raise ValueError(f"{field}={getattr(self, field)!r} needs learning='ema', got {self.learning!r}.")
         elif self.orthogonal:
             raise ValueError("orthogonal=True needs a learned codebook: moving averages do not follow a gradient.")
+        if self.affine is not None and self.distance != "euclidean":
+            raise ValueError(f"affine={self.affine} needs distance='euclidean', got {self.distance!r}.")
         if self.debias and (self.initial_cluster_size or self.dead_code_threshold or self.kmeans_iterations):
             raise ValueError(
                 "debias=True needs initial_cluster_size=0, dead_code_threshold=0 and kmeans_iterations=0, got "
@@ -174,6 +191,10 @@ class VectorQuantizer(nn.Module):
         self.embed_avg = self.variable("codebook", "embed_avg", lambda: start(self.codes.value))
         self.updates = self.variable("codebook", "updates", lambda: jnp.zeros((), jnp.int32)) if self.debias else None
         self.initialised = self.variable("codebook", "initialised", lambda: jnp.asarray(self.kmeans_iterations == 0))
+        if self.affine is not None:
+            self.affine_statistics = self.variable(
+                "codebook", "affine", lambda: AffineState.start(self.code_dim)._asdict()
+            )
 
     def input_channels(self, latent_channels: int) -> int:
         """Channels of ``z`` for codes of that many channels."""
@@ -181,36 +202,52 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"a codebook of code_dim={self.code_dim} does not make {latent_channels} channels.")
         return latent_channels
 
-    def __call__(self, z: Array, train: bool = False) -> Encoding:
-        """Quantizes ``z (..., D)``, any float dtype -> float32 codes, int32 indices ``(...)`` and the loss terms."""
+    def __call__(self, z: Array, train: bool = False, mask: Array | None = None) -> Encoding:
+        """Quantizes ``z (..., D)``, any float dtype -> float32 codes, int32 indices ``(...)`` and the loss terms.
+
+        ``mask``, bool ``(...)``, is true where a position counts; ``None`` counts all.
+        """
         self._check(z.shape)
-        inputs, z = z, to_metric(z.astype(jnp.float32), self.distance)
+        if mask is not None:
+            self._check_mask(mask.shape, z.shape)
+        inputs, z = z, to_metric(jnp.asarray(z, jnp.float32), self.distance)
         training = train and not self.is_initializing()
         follow = training and self.learning == "ema"
         rows = jax.lax.stop_gradient(z).reshape(-1, self.code_dim)
+        counted = None if mask is None else jnp.asarray(mask).reshape(-1)
         if follow and self.kmeans_iterations:
-            self._store(self._clustered(rows))
+            self._store(self._clustered(rows, counted))
             self.initialised.value = jnp.ones_like(self.initialised.value)
+        if follow and self.affine is not None:
+            state = affine_state(
+                AffineState(**self.affine_statistics.value), rows, self.codes.value, self.affine, counted
+            )
+            self.affine_statistics.value = state._asdict()
         table = self.codebook()
         indices = self._sampled(z, table) if train and self.sample_temperature else nearest(z, table, self.distance)
         codes = jnp.take(table, indices, axis=0)
-        losses = {"commitment": self._committed(z, table, codes, indices)}
+        losses = {"commitment": self._committed(z, table, codes, indices, mask)}
         if self.learning != "ema":
-            losses["codebook"] = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
+            losses["codebook"] = _mean(jnp.square(codes - jax.lax.stop_gradient(z)), mask)
         if self.orthogonal and train:
             losses["orthogonality"] = orthogonality(self._learned())
         if self.entropy is not None and train:
-            losses["entropy_sample"], losses["entropy_codebook"] = self._entropies(z, table)
+            losses["entropy_sample"], losses["entropy_codebook"] = self._entropies(z, table, mask)
         if self.diversity and train:
             losses["diversity"] = self._diversity(z, table)
         if follow:
-            self._store(self._averaged(rows, indices.reshape(-1)))
+            self._store(self._averaged(rows, indices.reshape(-1), counted))
         if training and self.learning == "clustering":
             self._cluster(jax.lax.stop_gradient(inputs).reshape(rows.shape), rows, indices.reshape(-1))
-        return Encoding(latents=ESTIMATORS[self.estimator](z, codes), indices=indices, losses=losses)
+        latents = ESTIMATORS[self.estimator](z, codes)
+        if mask is not None:
+            latents, indices = jnp.where(mask[..., None], latents, 0.0), jnp.where(mask, indices, MASKED)
+        return Encoding(latents=latents, indices=indices, losses=losses)
 
     def codebook(self) -> Array:
         """The table of codes ``(K, D)``, float32; unit vectors for the cosine distance."""
+        if self.affine is not None:
+            return self._affine().to_inputs(self.codes.value)
         return self.codes.value if self.learning == "ema" else to_metric(self._learned(), self.distance)
 
     def _learned(self) -> Array:
@@ -224,8 +261,9 @@ class VectorQuantizer(nn.Module):
         self.moved.value = table - jax.lax.stop_gradient(self.table)
 
     def indices_to_codes(self, indices: Array) -> Array:
-        """int ``(...)`` in [0, K) -> float32 codes ``(..., D)``; NaN where an index is out of range."""
-        return jnp.take(self.codebook(), indices, axis=0)
+        """int ``(...)`` in [0, K) -> float32 codes ``(..., D)``: 0 for -1 (masked), NaN for others out of range."""
+        codes = jnp.take(self.codebook(), indices, axis=0)
+        return jnp.where(jnp.asarray(indices)[..., None] == MASKED, 0.0, codes)
 
     def codes_to_indices(self, codes: Array) -> Array:
         """Codes ``(..., D)`` -> int32 ``(...)``: the nearest code, the lowest index of equal ones."""
@@ -245,22 +283,25 @@ class VectorQuantizer(nn.Module):
         noise = jax.random.gumbel(self.make_rng("bottleneck"), scores.shape, jnp.float32)
         return jnp.argmax(scores / self.sample_temperature + noise, axis=-1).astype(jnp.int32)
 
-    def _committed(self, z: Array, table: Array, codes: Array, indices: Array) -> Array:
+    def _committed(self, z: Array, table: Array, codes: Array, indices: Array, mask: Array | None) -> Array:
         if self.commitment == "distance":
-            return jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))
+            return _mean(jnp.square(jax.lax.stop_gradient(codes) - z), mask)
         log_p = jax.nn.log_softmax(self._scores(z, jax.lax.stop_gradient(table)), axis=-1)
-        return -jnp.mean(jnp.take_along_axis(log_p, indices[..., None], axis=-1))
+        return -_mean(jnp.take_along_axis(log_p, indices[..., None], axis=-1), mask)
 
     def _diversity(self, z: Array, table: Array) -> Array:
         scores = self._scores(z, table).reshape(z.shape[0], -1, self.codebook_size)
         mean = jax.nn.softmax(scores * self.diversity, axis=-1).mean(0)
         return jnp.mean(jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-5)), axis=-1))
 
-    def _entropies(self, z: Array, table: Array) -> tuple[Array, Array]:
+    def _entropies(self, z: Array, table: Array, mask: Array | None) -> tuple[Array, Array]:
         # -|z - e|^2 is 2 <z, e> - |e|^2 and a part that all codes share: one more channel makes it an inner product.
         z = jnp.concatenate([z, jnp.ones_like(z[..., :1])], axis=-1)
         table = jnp.concatenate([table, -jnp.sum(jnp.square(table), axis=-1, keepdims=True) / 2], axis=-1)
-        return code_entropies(z, table, 2 * self.inverse_temperature, self.entropy, self.entropy_chunk_size)
+        return code_entropies(z, table, 2 * self.inverse_temperature, self.entropy, self.entropy_chunk_size, mask)
+
+    def _affine(self) -> AffineState:
+        return AffineState(**self.affine_statistics.value)
 
     def _statistics(self) -> CodebookState:
         return CodebookState(self.codes.value, self.cluster_size.value, self.embed_avg.value)
@@ -268,7 +309,7 @@ class VectorQuantizer(nn.Module):
     def _store(self, state: CodebookState):
         self.codes.value, self.cluster_size.value, self.embed_avg.value = state
 
-    def _clustered(self, rows: Array) -> CodebookState:
+    def _clustered(self, rows: Array, counted: Array | None) -> CodebookState:
         key = self.make_rng("bottleneck")
 
         def cluster(_) -> CodebookState:
@@ -280,20 +321,42 @@ class VectorQuantizer(nn.Module):
                 self.epsilon,
                 self.distance,
                 self.pick_rows,
+                counted,
             )
 
         return jax.lax.cond(self.initialised.value, lambda state: state, cluster, self._statistics())
 
-    def _averaged(self, rows: Array, indices: Array) -> CodebookState:
+    def _averaged(self, rows: Array, indices: Array, counted: Array | None) -> CodebookState:
         updates = None
         if self.debias:
             updates = self.updates.value = self.updates.value + 1
+        if self.affine is not None:
+            rows = self._affine().to_codes(rows)
+        if counted is not None:
+            indices = jnp.where(counted, indices, self.codebook_size)  # the number of no code
         state = moving_average(self._statistics(), rows, indices, self.decay, self.epsilon, self.distance, updates)
         if self.dead_code_threshold:
             key = self.make_rng("bottleneck")
+            rows = rows if counted is None else counted_rows(rows, counted)
             state = restart_dead_codes(state, rows, key, self.dead_code_threshold, self.pick_rows)
         return state
 
     def _check(self, shape: tuple[int, ...]):
         if shape[-1] != self.code_dim:
             raise ValueError(f"the codebook has codes of {self.code_dim} channels, got shape {shape}.")
+
+    def _check_mask(self, mask: tuple[int, ...], shape: tuple[int, ...]):
+        if mask != shape[:-1]:
+            raise ValueError(f"the mask must have the shape {shape[:-1]} of the positions, got {mask}.")
+        if self.learning == "clustering" or self.diversity:
+            raise ValueError(
+                "a mask goes neither with learning='clustering' nor with diversity, which look at all positions; got "
+                f"learning={self.learning!r}, diversity={self.diversity}."
+            )
+
+
+def _mean(x: Array, mask: Array | None) -> Array:
+    """Mean of ``x (..., D)`` over all elements, or those of the positions that count."""
+    if mask is None:
+        return jnp.mean(x)
+    return jnp.sum(jnp.where(mask[..., None], x, 0.0)) / (jnp.maximum(jnp.sum(mask), 1) * x.shape[-1])
