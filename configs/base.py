@@ -80,12 +80,13 @@ def undamped(discriminator: ConfigDict) -> None:
 def data(**changes) -> ConfigDict:
     """Where batches come from (tokenizers/data/settings.py); each entry of ``streams`` is a `stream`."""
     config = ConfigDict()
-    config.source = (
-        "auto"  # embedded, images, videos, array_record, parquet, tar, captions, auto; "" = embedded unless path
-    )
+    # embedded, shapes, images, videos, array_record, parquet, tar, captions, auto; "" = embedded unless path
+    config.source = "auto"
     config.path = ""  # file or folder
     config.sources = ConfigDict()  # in place of source and path, a mixture: {name: {source, path, weight, held_out}}
     config.held_out = "0.02"  # for evaluation: a fraction of the above, or the path of another set; "" = none
+    config.items = 10_000  # of source "shapes": training items
+    config.labels = False  # classes of the items: the folders of images, or the labels in shards ("shapes" has them)
     config.virtual_camera = False  # make clips from photographs where a stream asks for several frames
     config.crop = "random"  # random, center
     config.zoom = (1.0, 1.0)  # range of random enlargement before the crop

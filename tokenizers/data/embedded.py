@@ -51,7 +51,9 @@ class EmbeddedSource:
     """The training photographs, or the held-out ones."""
 
     kind = "image"
-    has_captions = False
+    has_captions = has_labels = False
+    any_size = False
+    classes = ()
     # Fixed evaluation views of a photograph: its centre and four corners, or clips of as many virtual cameras.
     views = 5
 

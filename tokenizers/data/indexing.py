@@ -17,7 +17,7 @@ from .loading import Pool
 from .records import Unusable
 from .settings import SourceSettings, held_out_fraction
 from .shards import cache_folder, write_atomically
-from .sources import open_source
+from .sources import WITHOUT_PATH, open_source
 from .transforms import nearest_aspect
 
 # Reading that many headers is slow enough to keep the answer.
@@ -61,10 +61,15 @@ def manifest_digest(source) -> str:
 
 
 class Library:
-    """The sources of a pipeline, opened once each, with their splits and sizes."""
+    """The sources of a pipeline, opened once each, with their splits and sizes.
 
-    def __init__(self, skips: Skips):
-        self._skips = skips
+    Args:
+      skips: gets the files left out.
+      labels: whether items have the number of their class.
+    """
+
+    def __init__(self, skips: Skips, labels: bool = False):
+        self._skips, self._labels = skips, labels
         self._sources: dict[tuple, object] = {}
         self._sizes: dict[int, np.ndarray] = {}
 
@@ -75,32 +80,34 @@ class Library:
     def split(self, settings: SourceSettings, split: str) -> tuple[object, np.ndarray]:
         """(source, indices of its items in the split)."""
         fraction = held_out_fraction(settings.held_out) if settings.held_out else None
-        if fraction is not None and settings.source != "embedded":
+        own_split = settings.source in WITHOUT_PATH
+        if fraction is not None and not own_split:
             source = self._open(settings.source, settings.path)
             return source, _by_fraction(source, fraction, split)
         if split == "train":
-            source = self._open(settings.source, settings.path)
+            source = self._open(settings.source, settings.path, items=settings.items)
         elif settings.held_out and fraction is None:
-            kind = "auto" if settings.source == "embedded" else settings.source
+            kind = "auto" if own_split else settings.source
             source = self._open(kind, str(settings.held_out))
-        elif settings.source == "embedded":
-            source = self._open("embedded", "", held_out=True)
+        elif own_split:
+            items = max(1, round((fraction or 0.1) * settings.items))
+            source = self._open(settings.source, "", held_out=True, items=items)
         else:
             raise ValueError(
                 f"no held-out data for {settings.path!r}: set held_out to a path, or to a fraction such as 0.01"
             )
         return source, np.arange(len(source))
 
-    def _open(self, kind: str, path: str, held_out: bool = False):
-        key = (kind, path, held_out)
+    def _open(self, kind: str, path: str, held_out: bool = False, items: int = 1):
+        key = (kind, path, held_out, items if kind == "shapes" else 0)
         if key not in self._sources:
-            self._sources[key] = open_source(kind, path, held_out=held_out)
+            self._sources[key] = open_source(kind, path, held_out=held_out, items=items, labels=self._labels)
             self._skips.add(self._sources[key].dropped)
         return self._sources[key]
 
     def pools(self, source, members: np.ndarray, buckets: tuple[tuple[int, int], ...]) -> list[Pool]:
         """One pool per bucket: its items are those whose aspect ratio is nearest to its own."""
-        if len({round(math.log(width / height), 9) for height, width in buckets}) == 1:
+        if source.any_size or len({round(math.log(width / height), 9) for height, width in buckets}) == 1:
             return [Pool(source, members) for _ in buckets]
         if id(source) not in self._sizes:
             self._sizes[id(source)] = _read_sizes(source, self._skips)

@@ -56,6 +56,8 @@ class Item:
         if record.kind == "image" and self.frames > 1:
             clip = self._camera_clip(pool, record, rng, 1 / CLOSEST)
             return clip[:, :, ::-1] if self.flip and rng.random() < 0.5 else clip
+        if hasattr(record.data, "render"):  # Drawn to fit, and never mirrored: its caption knows left from right.
+            return self._decode(record, rng, 1.0)
         frames = self._decode(record, rng, self.zoom[1])
         if self.crop == "random":
             crop = choose_crop(frames.shape[1:3], self.size, rng=rng, zoom=self.zoom, flip=self.flip)
@@ -74,6 +76,8 @@ class Item:
 
     def _decode(self, record: Record, rng: np.random.Generator | None, enlarge: float | None) -> np.ndarray:
         at_least = None if enlarge is None else tuple(round(side * enlarge) for side in self.size)
+        if hasattr(record.data, "render"):
+            return record.data.render(*(at_least or self.size))[None]
         if record.kind == "image":
             return decode_image(record.data, at_least)[None]
         how = {"fps": self.fps, "stride": self.stride, "sampling": self.sampling}
@@ -114,6 +118,7 @@ class LoadBatch:
     rows: tuple[int, int]
     training: bool
     captions: bool
+    labels: bool
 
     def __call__(self, plan: Sequence[tuple[int, int, int] | None]) -> dict:
         load = self._train if self.training else self._evaluate
@@ -122,6 +127,9 @@ class LoadBatch:
         batch = {"stream": self.stream, "pixels": np.stack([pixels for pixels, _, _ in loaded]), "skipped": skipped}
         if self.captions:
             batch["caption"] = [record.caption or "" if record else "" for _, record, _ in loaded]
+        if self.labels:
+            numbers = [-1 if record is None or record.label is None else record.label for _, record, _ in loaded]
+            batch["label"] = np.array(numbers, np.int32)
         if not self.training:
             batch["valid"] = np.array([record is not None for _, record, _ in loaded])
             batch["name"] = [name for _, _, name in loaded]

@@ -58,6 +58,7 @@ class Pipeline:
       shapes: all (stream, global shape ``(B, T, H, W, 3)``) that batches can have.
       fingerprint: hash of what decides the batches: settings, seed, and the names and sizes of the files.
       skipped: count, times and last messages of unusable files seen so far (`indexing.Skips`).
+      classes: names of the classes, in the order of the labels; empty where there are no labels, or numbers only.
     """
 
     def __init__(
@@ -78,12 +79,23 @@ class Pipeline:
         self.skipped = Skips()
         self._seed = seed
         self._process = (process_index, process_count)
-        self._library = Library(self.skipped)
+        self._library = Library(self.skipped, self.settings.labels)
         self._buckets = [
             bucket for name, stream in self.settings.streams.items() for bucket in self._make_buckets(name, stream)
         ]
         self.shapes = [(bucket.stream, bucket.shape) for bucket in self._buckets]
+        self.classes = self._classes()
         self.fingerprint = self._fingerprint()
+
+    def _classes(self) -> tuple[str, ...]:
+        named = [source for source in self._library.sources() if source.has_labels]
+        for source in named[1:]:
+            if source.classes != named[0].classes:
+                raise ValueError(
+                    f"one label would mean two things: {named[0].description} and {source.description} have other "
+                    f"classes: {named[0].classes[:5]}..., {source.classes[:5]}..."
+                )
+        return named[0].classes if named else ()
 
     def _make_buckets(self, name: str, stream: StreamSettings) -> list[Bucket]:
         settings = self.settings
@@ -158,16 +170,14 @@ class Pipeline:
         return Batches(self, start)
 
     def evaluation_items(self) -> Iterator[dict[str, Any]]:
-        """Held-out items one by one, in order: pixels uint8 ``(T, H, W, 3)``, stream, name and, if any, caption."""
+        """Held-out items one by one, in order: pixels uint8 ``(T, H, W, 3)``, stream, name, any caption and label."""
         if self.split != "held_out":
             raise ValueError(f"evaluation items belong to split 'held_out', this pipeline has {self.split!r}")
         with self.batches() as batches:
             for batch in batches:
                 for row in np.flatnonzero(batch["valid"]):
                     item = {"pixels": batch["pixels"][row], "stream": batch["stream"], "name": batch["name"][row]}
-                    if "caption" in batch:
-                        item["caption"] = batch["caption"][row]
-                    yield item
+                    yield item | {key: batch[key][row] for key in ("caption", "label") if key in batch}
 
     def dataset(self):
         """All batches of this process as a `grain.MapDataset`, including their "skipped" lists."""
@@ -185,14 +195,15 @@ class Pipeline:
 
         index, count = self._process
         rows = bucket.settings.batch_size // count
-        captions = any(pool.source.has_captions for pool in bucket.pools)
+        sources = [pool.source for pool in bucket.pools]
         load = LoadBatch(
             bucket.stream,
             bucket.item,
             bucket.pools,
             (index * rows, (index + 1) * rows),
             self.split == "train",
-            captions,
+            any(source.has_captions for source in sources),
+            any(source.has_labels for source in sources),
         )
         if self.split == "held_out":
             plan = _held_out_plan(bucket)
@@ -266,8 +277,9 @@ class Batches:
     """Iterator over the batches of this process.
 
     A batch is ``{"pixels": uint8 (B / processes, T, H, W, 3), "stream": name}``, with "caption" (list of str, "" where
-    there is none) if a source has captions, and, in the held-out split, "valid" (bool per row; false for padding and
-    unusable items, whose pixels are 0) and "name".
+    there is none) if a source has captions, "label" (int32 per row, -1 where there is none) if a source has labels,
+    and, in the held-out split, "valid" (bool per row; false for padding and unusable items, whose pixels are 0) and
+    "name".
 
     ``get_state`` and ``set_state`` work as those of Grain iterators; the state is the number of the next batch, so it
     fits any number of workers and processes.
@@ -288,7 +300,7 @@ class Batches:
             self._iterator = self._open()
         batch = dict(next(self._iterator))
         self._pipeline.skipped.add(batch.pop("skipped"))
-        batch["pixels"] = np.asarray(batch["pixels"])
+        batch |= {key: np.asarray(batch[key]) for key in ("pixels", "label") if key in batch}
         self._next += 1
         return batch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 
@@ -17,21 +18,30 @@ class Unusable(Exception):
     """One file that cannot be used: corrupt, truncated, too short. The pipeline skips, counts and logs it."""
 
 
+class Drawing(Protocol):
+    """A picture that has no pixels of its own."""
+
+    def render(self, height: int, width: int) -> np.ndarray:
+        """uint8 RGB ``(height, width, 3)``."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One encoded image or clip.
 
     Attributes:
       kind: "image" or "video".
-      data: encoded bytes, the path of a file, or uint8 RGB pixels ``(H, W, 3)``.
+      data: encoded bytes, the path of a file, uint8 RGB pixels ``(H, W, 3)``, or a `Drawing`.
       name: where it came from, for messages.
       caption: the text that belongs to it, or ``None``.
+      label: the number of its class, or ``None``.
     """
 
     kind: str
-    data: bytes | str | np.ndarray
+    data: bytes | str | np.ndarray | Drawing
     name: str
     caption: str | None = None
+    label: int | None = None
 
 
 def kind_of_name(name: str) -> str | None:

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from .labels import class_names, label_column, label_of_member
 from .records import Record, Unusable, kind_of_bytes, kind_of_name
 
 CAPTION_FIELDS = ("caption", "text", "txt", "prompt", "description")
@@ -25,6 +26,8 @@ class _Shards:
     """What the three formats share: a run of shards, each with a number of records."""
 
     views = 1
+    any_size = False
+    classes: tuple[str, ...] = ()
 
     def __init__(self, paths: Sequence[str], counts: Sequence[int]):
         self._paths = list(paths)
@@ -52,18 +55,19 @@ class _Shards:
 
 # Tar ---------------------------------------------------------------------------------------------------------------
 
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 
 
 class TarSource(_Shards):
     """WebDataset shards: members ``key.jpg``, ``key.txt``, ``key.json`` ... with one key are one sample.
 
-    Captions come from a ``.txt`` or ``.caption`` member, or from "caption" or "text" in a ``.json`` one. Each shard is
-    scanned once; the offsets are kept in ``<shard>.index.json`` beside it (in the user's cache when the folder is
-    read-only) and made anew when the shard's size or time changes. Compressed tars have no random access.
+    Captions come from a ``.txt`` or ``.caption`` member, or from "caption" or "text" in a ``.json`` one, labels from a
+    ``.cls`` member, or from "label" or "cls" in a ``.json`` one. Each shard is scanned
+    once; the offsets are kept in ``<shard>.index.json`` beside it (in the user's cache when the folder is read-only)
+    and made anew when the shard's size or time changes. Compressed tars have no random access.
     """
 
-    def __init__(self, paths: Sequence[str]):
+    def __init__(self, paths: Sequence[str], *, labels: bool = False):
         indices = [_tar_index(path) for path in paths]
         self._samples = [index["samples"] for index in indices]
         self.dropped = [(path, index["damage"]) for path, index in zip(paths, indices, strict=True) if index["damage"]]
@@ -71,6 +75,9 @@ class TarSource(_Shards):
         kinds = {kind_of_name(sample[1]) for samples in self._samples for sample in samples}
         self.kind = kinds.pop() if len(kinds) == 1 else "mixed"
         self.has_captions = any(sample[4] for samples in self._samples for sample in samples)
+        self.has_labels = labels
+        if labels and not any(sample[5] for samples in self._samples for sample in samples):
+            raise ValueError(f"no labels in {len(paths)} tar shard(s), the first one {paths[0]!r}: no .cls, no .json")
         self.description = f"{len(self)} samples ({self.kind}) in {len(paths)} tar shard(s)"
 
     def name(self, index: int) -> str:
@@ -80,11 +87,14 @@ class TarSource(_Shards):
 
     def __getitem__(self, index: int) -> Record:
         shard, row = self._locate(index)
-        _, extension, offset, size, caption = self._samples[shard][row]
+        _, extension, offset, size, caption, label = self._samples[shard][row]
+        name, number = self.name(index), None
         with open(self._paths[shard], "rb") as file:
-            data = _read_at(file, offset, size, self.name(index))
-            text = _read_at(file, *caption[1:], self.name(index)) if caption else None
-        return Record(kind_of_name(extension), data, self.name(index), _caption(caption, text))
+            data = _read_at(file, offset, size, name)
+            text = _read_at(file, *caption[1:], name) if caption else None
+            if self.has_labels and label:
+                number = label_of_member(label[0], _read_at(file, *label[1:], name))
+        return Record(kind_of_name(extension), data, name, _caption(caption, text), number)
 
 
 def _read_at(file, offset: int, size: int, name: str) -> bytes:
@@ -133,9 +143,13 @@ def _tar_index(path: str) -> dict:
 
 
 def _scan_tar(path: str) -> tuple[list, str]:
-    """[[key, extension, offset, size, [caption extension, offset, size] or null], ...] and what was damaged."""
+    """[[key, extension, offset, size, caption, label], ...] and what was damaged.
+
+    Caption and label are [extension, offset, size] of the member that holds them, or null.
+    """
     pixels: dict[str, list] = {}
     captions: dict[str, list] = {}
+    labels: dict[str, list] = {}
     damage = ""
     try:
         with tarfile.open(path, "r:") as archive:
@@ -150,6 +164,8 @@ def _scan_tar(path: str) -> tuple[list, str]:
                     pixels.setdefault(key, [key, extension, member.offset_data, member.size])
                 elif last in ("txt", "caption") or (last == "json" and key not in captions):
                     captions[key] = [last, member.offset_data, member.size]
+                if last == "cls" or (last == "json" and key not in labels):
+                    labels[key] = [last, member.offset_data, member.size]
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # Where tarfile stopped there is no end marker.
                 damage = f"the shard is damaged after {len(pixels)} samples: not a tar header"
@@ -161,7 +177,7 @@ def _scan_tar(path: str) -> tuple[list, str]:
         end = max(offset + size for _, _, offset, size in pixels.values())
         if end > os.path.getsize(path):
             damage = damage or "the shard is cut off within its last sample"
-    return [[*sample, captions.get(key)] for key, sample in pixels.items()], damage
+    return [[*sample, captions.get(key), labels.get(key)] for key, sample in pixels.items()], damage
 
 
 def cache_folder() -> str:
@@ -186,16 +202,17 @@ def write_atomically(path: str, data: bytes) -> None:
 
 
 class ParquetSource(_Shards):
-    """Parquet files with a column of encoded bytes and, optionally, one of captions.
+    """Parquet files with a column of encoded bytes and, optionally, one of captions and one of labels.
 
     The pixel column is binary or a struct {bytes, path} (as the `datasets` library writes), the first one found of
-    `PIXEL_FIELDS`; captions of `CAPTION_FIELDS`. Parquet is read by row groups: the last few are kept, so groups of
+    `PIXEL_FIELDS`; captions of `CAPTION_FIELDS`; labels are integers of `LABEL_FIELDS`, and their names those that the
+    `datasets` library keeps in the schema. Parquet is read by row groups: the last few are kept, so groups of
     tens of rows, or tar or ArrayRecord shards, are faster for shuffled reading than groups of thousands.
     """
 
     kept_row_groups = 8
 
-    def __init__(self, paths: Sequence[str]):
+    def __init__(self, paths: Sequence[str], *, labels: bool = False):
         from pyarrow import parquet
 
         self.dropped: list[tuple[str, str]] = []
@@ -215,6 +232,9 @@ class ParquetSource(_Shards):
         if self._column is None:
             have, wanted = ", ".join(schema.names), ", ".join(PIXEL_FIELDS)
             raise ValueError(f"no column of encoded images in {good[-1]!r}: it has {have}; accepted: {wanted}.")
+        self.has_labels = labels
+        self._label = label_column(schema, good[-1]) if labels else None
+        self.classes = class_names(schema, self._label) if labels else ()
         super().__init__(good, [sum(rows) for rows in self._groups])
         self._open_caches()
         self.has_captions = self._caption is not None
@@ -241,6 +261,7 @@ class ParquetSource(_Shards):
         table = self._row_group(shard, group)
         value = table.column(self._column)[row].as_py()
         caption = table.column(self._caption)[row].as_py() if self._caption else None
+        label = table.column(self._label)[row].as_py() if self._label else None
         if isinstance(value, Mapping):
             data = value.get("bytes")
             if data is None and value.get("path"):
@@ -250,7 +271,7 @@ class ParquetSource(_Shards):
         if not isinstance(data, (bytes, str)) or not data:
             raise Unusable("the row holds no encoded bytes")
         kind = kind_of_bytes(data) if isinstance(data, bytes) else kind_of_name(data) or self.kind
-        return Record(kind, data, self.name(index), None if caption is None else str(caption))
+        return Record(kind, data, self.name(index), None if caption is None else str(caption), label)
 
     def _row_group(self, shard: int, group: int):
         from pyarrow import parquet
@@ -261,7 +282,8 @@ class ParquetSource(_Shards):
                 return self._recent[shard, group]
         try:
             with parquet.ParquetFile(self._paths[shard]) as file:
-                table = file.read_row_group(group, [c for c in (self._column, self._caption) if c], use_threads=False)
+                columns = [name for name in (self._column, self._caption, self._label) if name]
+                table = file.read_row_group(group, columns, use_threads=False)
         except (OSError, ValueError) as error:
             raise Unusable(f"damaged row group {group}: {error}") from error
         with self._lock:
@@ -282,7 +304,7 @@ def write_array_record(path: str, records: Iterable[Record]) -> int:
     """Write records with encoded bytes as an ArrayRecord file that `ArrayRecordSource` reads; returns their number.
 
     Each entry is the magic ``TKR\\x01``, the header's length as a little-endian uint32, a JSON header (kind, name,
-    caption) and the encoded bytes. Entries of bare encoded bytes are read as well.
+    caption, label) and the encoded bytes. Entries of bare encoded bytes are read as well.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -290,7 +312,8 @@ def write_array_record(path: str, records: Iterable[Record]) -> int:
     for record in records:
         if not isinstance(record.data, bytes):
             raise ValueError(f"{record.name}: ArrayRecord holds encoded bytes, got {type(record.data).__name__}")
-        header = json.dumps({"kind": record.kind, "name": record.name, "caption": record.caption}).encode()
+        fields = {key: getattr(record, key) for key in ("kind", "name", "caption", "label")}
+        header = json.dumps(fields).encode()
         writer.write(_MAGIC + struct.pack("<I", len(header)) + header + record.data)
         count += 1
     writer.close()
@@ -300,7 +323,7 @@ def write_array_record(path: str, records: Iterable[Record]) -> int:
 class ArrayRecordSource(_Shards):
     """ArrayRecord files of `write_array_record`, or of bare encoded images or clips."""
 
-    def __init__(self, paths: Sequence[str]):
+    def __init__(self, paths: Sequence[str], *, labels: bool = False):
         from array_record.python.array_record_module import ArrayRecordReader
 
         self.dropped: list[tuple[str, str]] = []
@@ -320,6 +343,9 @@ class ArrayRecordSource(_Shards):
         first = self._first()
         self.kind = first.kind if first else "mixed"
         self.has_captions = first is not None and first.caption is not None
+        self.has_labels = labels
+        if labels and (first is None or first.label is None):
+            raise ValueError(f"no labels in {len(good)} ArrayRecord file(s), the first one {good[0]!r}")
         self.description = f"{len(self)} records ({self.kind}) in {len(good)} ArrayRecord file(s)"
 
     def _first(self) -> Record | None:
@@ -362,6 +388,7 @@ def _parse_entry(entry: bytes, name: str) -> Record:
     try:
         end = start + struct.unpack("<I", entry[len(_MAGIC) : start])[0]
         header = json.loads(entry[start:end])
-        return Record(header["kind"], entry[end:], f"{name} ({header['name']})", header.get("caption"))
+        known = f"{name} ({header['name']})"
+        return Record(header["kind"], entry[end:], known, header.get("caption"), header.get("label"))
     except (ValueError, KeyError, TypeError, struct.error) as error:
         raise Unusable(f"damaged header: {error!r}") from error

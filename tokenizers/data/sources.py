@@ -3,6 +3,7 @@
 Kinds, for `open_source(kind, path)`:
 
 * ``embedded``: the photographs in scikit-image, no download (`embedded.py`).
+* ``shapes``: drawn pictures with captions and classes, no download (`shapes.py`).
 * ``images``, ``videos``: a folder (searched recursively), one file, or a glob pattern.
 * ``captions``: images or videos with text: ``a.jpg`` beside ``a.txt``, or a ``metadata.jsonl`` with ``file_name`` and
   ``text`` (or ``caption``) in the folder.
@@ -21,27 +22,37 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from .. import errors
-from . import embedded, shards
+from . import embedded, shapes, shards
+from .labels import class_folders
 from .records import Record, kind_of_name
 
 CAPTION_EXTENSIONS = (".txt", ".caption")
 METADATA = "metadata.jsonl"
-KINDS = ("auto", "embedded", "images", "videos", "captions", "array_record", "parquet", "tar")
+KINDS = ("auto", "embedded", "shapes", "images", "videos", "captions", "array_record", "parquet", "tar")
+WITHOUT_PATH = ("embedded", "shapes")
 
 
-def open_source(kind: str, path: str = "", *, held_out: bool = False):
-    """The source of one data set. ``held_out`` picks the embedded photographs kept for evaluation.
+def open_source(kind: str, path: str = "", *, held_out: bool = False, items: int = 10_000, labels: bool = False):
+    """The source of one data set.
+
+    Args:
+      kind, path: as above.
+      held_out: the embedded photographs that are kept for evaluation, or drawings that are not training ones.
+      items: number of drawings of ``shapes``.
+      labels: records have the number of their class: that of their folder, or what their shard says.
 
     Raises:
       ValueError: unknown kind, missing path, nothing usable in it, or (``auto``) content that fits several kinds.
     """
     if kind not in KINDS:
         raise errors.unknown("data source", kind, KINDS)
-    if kind != "embedded" and not path:
-        raise ValueError(f"data source {kind!r} needs a path; only 'embedded' has none")
+    if kind not in WITHOUT_PATH and not path:
+        raise ValueError(f"data source {kind!r} needs a path; only {' and '.join(WITHOUT_PATH)} have none")
+    if kind in WITHOUT_PATH and path:
+        raise ValueError(f"the data set {kind!r} has no path, got {path!r}; name another source for it")
+    if kind == "shapes":
+        return shapes.ShapesSource(items, held_out=held_out)
     if kind == "embedded":
-        if path:
-            raise ValueError(f"the embedded data set has no path, got {path!r}; name another source for it")
         return embedded.EmbeddedSource(held_out=held_out)
     path = os.path.expanduser(os.fspath(path))
     files = list_files(path)
@@ -52,15 +63,15 @@ def open_source(kind: str, path: str = "", *, held_out: bool = False):
         chosen = [name for name, _ in files if name.lower().endswith(extensions) or path == name]
         if not chosen:
             raise ValueError(f"no {kind} shards in {path!r}: looked for names ending in {', '.join(extensions)}.")
-        return source(chosen)
+        return source(chosen, labels=labels)
     media = [(name, size) for name, size in files if kind_of_name(name)]
     if kind == "captions":
-        return _captioned(path, files, media)
+        return _captioned(path, files, media, labels)
     wanted = {"images": "image", "videos": "video"}[kind]
     media = [(name, size) for name, size in media if kind_of_name(name) == wanted]
     if not media:
         raise ValueError(f"no {kind} in {path!r} ({_describe(files)}).")
-    return FileSource(path, media)
+    return FileSource(path, media, labels=labels)
 
 
 _SHARDS = {
@@ -129,10 +140,14 @@ class FileSource:
       kind: "image", "video" or "mixed".
       dropped: (name, reason) of files left out while indexing.
       has_captions: whether records carry text.
+      has_labels: whether records carry the number of their class.
+      classes: names of the classes in the order of their numbers.
       views: fixed evaluation views per item.
+      any_size: whether items are drawn at the size that is asked for.
     """
 
     views = 1
+    any_size = False
 
     def __init__(
         self,
@@ -140,6 +155,8 @@ class FileSource:
         files: Sequence[tuple[str, int]],
         captions: Sequence[tuple[str, str]] = (),
         dropped: Sequence[tuple[str, str]] = (),
+        *,
+        labels: bool = False,
     ):
         """``captions`` holds, per file, ("text", its caption) or ("file", the path of the text)."""
         self._root = root if os.path.isdir(root) else os.path.dirname(root)
@@ -149,6 +166,8 @@ class FileSource:
         kinds = {kind_of_name(name) for name, _ in files}
         self.kind = kinds.pop() if len(kinds) == 1 else "mixed"
         self.has_captions = bool(captions)
+        self.has_labels = labels
+        self.classes, self._labels = class_folders(root, [name for name, _ in files]) if labels else ((), ())
         self.description = f"{len(self._files)} files ({self.kind}) in {root}"
 
     def __len__(self) -> int:
@@ -165,7 +184,7 @@ class FileSource:
             if how == "file":
                 with open(caption, encoding="utf-8", errors="replace") as file:
                     caption = file.read().strip()
-        return Record(kind_of_name(name), name, name, caption)
+        return Record(kind_of_name(name), name, name, caption, self._labels[index] if self._labels else None)
 
     def manifest(self) -> Iterator[tuple[str, int]]:
         """(name relative to the folder, bytes) of every file: moving the folder is no change, its content is."""
@@ -173,7 +192,9 @@ class FileSource:
             yield os.path.relpath(name, self._root), size
 
 
-def _captioned(path: str, files: Sequence[tuple[str, int]], media: Sequence[tuple[str, int]]) -> FileSource:
+def _captioned(
+    path: str, files: Sequence[tuple[str, int]], media: Sequence[tuple[str, int]], labels: bool
+) -> FileSource:
     texts: dict[str, tuple[str, str]] = {}
     stems = {os.path.splitext(name)[0]: name for name, _ in files if name.lower().endswith(CAPTION_EXTENSIONS)}
     for name, _ in media:
@@ -190,7 +211,7 @@ def _captioned(path: str, files: Sequence[tuple[str, int]], media: Sequence[tupl
             f"no captioned files in {path!r} ({_describe(files)}): a caption is a text file of the same name "
             f"({', '.join(CAPTION_EXTENSIONS)}) or a line of {METADATA} with file_name and text."
         )
-    return FileSource(path, kept, [texts[name] for name, _ in kept], dropped)
+    return FileSource(path, kept, [texts[name] for name, _ in kept], dropped, labels=labels)
 
 
 def _read_metadata(path: str) -> dict[str, tuple[str, str]]:
