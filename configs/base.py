@@ -85,7 +85,7 @@ def data(**changes) -> ConfigDict:
     config.path = ""  # file or folder
     config.sources = ConfigDict()  # in place of source and path, a mixture: {name: {source, path, weight, held_out}}
     config.held_out = "0.02"  # for evaluation: a fraction of the above, or the path of another set; "" = none
-    config.items = 10_000  # of source "shapes": training items
+    config.drawings = 10_000  # of source "shapes", for training; held_out says how many others there are
     config.labels = False  # classes of the items: the folders of images, or the labels in shards ("shapes" has them)
     config.virtual_camera = False  # make clips from photographs where a stream asks for several frames
     config.crop = "random"  # random, center

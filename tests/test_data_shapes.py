@@ -19,7 +19,7 @@ STREAM = {"frames": 1, "resolutions": ((32, 32),), "batch_size": 8}
 
 
 def config(**changes) -> dict:
-    return {"source": "shapes", "items": 96, "streams": {"s": STREAM}, "flip": True, "zoom": (1.0, 2.0), **changes}
+    return {"source": "shapes", "drawings": 96, "streams": {"s": STREAM}, "flip": True, "zoom": (1.0, 2.0), **changes}
 
 
 def take(pipeline, count, start=0):
@@ -116,7 +116,7 @@ def test_batches_have_captions_and_classes_and_splits_are_disjoint():
     assert not {item["pixels"].tobytes() for item in items} & {p.tobytes() for b in seen for p in b["pixels"]}
     assert all(shapes.CLASSES[item["label"]] in item["caption"] for item in items)
     assert len(list(Pipeline(config(), split="held_out").batches())) == 2  # ten of them, a tenth
-    assert Pipeline(config(items=97)).fingerprint != train.fingerprint
+    assert Pipeline(config(drawings=97)).fingerprint != train.fingerprint
 
 
 def test_drawings_fit_every_frame():
@@ -128,7 +128,7 @@ def test_drawings_fit_every_frame():
     with pytest.raises(ValueError, match="has no path"):
         open_source("shapes", "somewhere")
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        open_source("shapes", items=0)
+        open_source("shapes", drawings=0)
 
 
 def test_folders_are_classes_when_asked(tmp_path):

@@ -85,23 +85,23 @@ class Library:
             source = self._open(settings.source, settings.path)
             return source, _by_fraction(source, fraction, split)
         if split == "train":
-            source = self._open(settings.source, settings.path, items=settings.items)
+            source = self._open(settings.source, settings.path, drawings=settings.drawings)
         elif settings.held_out and fraction is None:
             kind = "auto" if own_split else settings.source
             source = self._open(kind, str(settings.held_out))
         elif own_split:
-            items = max(1, round((fraction or 0.1) * settings.items))
-            source = self._open(settings.source, "", held_out=True, items=items)
+            drawings = max(1, round((fraction or 0.1) * settings.drawings))
+            source = self._open(settings.source, "", held_out=True, drawings=drawings)
         else:
             raise ValueError(
                 f"no held-out data for {settings.path!r}: set held_out to a path, or to a fraction such as 0.01"
             )
         return source, np.arange(len(source))
 
-    def _open(self, kind: str, path: str, held_out: bool = False, items: int = 1):
-        key = (kind, path, held_out, items if kind == "shapes" else 0)
+    def _open(self, kind: str, path: str, held_out: bool = False, drawings: int = 1):
+        key = (kind, path, held_out, drawings if kind == "shapes" else 0)
         if key not in self._sources:
-            self._sources[key] = open_source(kind, path, held_out=held_out, items=items, labels=self._labels)
+            self._sources[key] = open_source(kind, path, held_out=held_out, drawings=drawings, labels=self._labels)
             self._skips.add(self._sources[key].dropped)
         return self._sources[key]
 

@@ -17,14 +17,14 @@ class SourceSettings:
 
     ``held_out`` is "" (none), a fraction of the items such as 0.01 or "0.01", or the path of another data set. The
     embedded photographs have a split of their own, which "" and any fraction mean: two of them are never trained on.
-    Of ``shapes``, ``items`` are drawn for training, and that fraction of them (a tenth for "") are other ones.
+    Of ``shapes``, ``drawings`` are drawn for training, and that fraction of them (a tenth for "") are other ones.
     """
 
     source: str = "embedded"
     path: str = ""
     weight: float = 1.0
     held_out: str | float = ""
-    items: int = 10_000
+    drawings: int = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +89,21 @@ class Settings:
             del facts["labels"]
         for stream in facts["streams"].values():
             for source in stream["sources"]:
-                del source["path"], source["items"]  # Counted where the source names its files.
+                del source["path"], source["drawings"]  # Counted where the source names its files.
                 if held_out_fraction(source["held_out"]) is None:
                     del source["held_out"]
         return facts
 
 
-_SOURCE_KEYS = ("source", "path", "held_out", "items")
+_SOURCE_KEYS = ("source", "path", "held_out", "drawings")
 
 
 def resolve(config: Mapping[str, Any]) -> Settings:
     """Checked settings from a mapping (a plain one or an ml_collections ConfigDict).
 
-    ``source``, ``path``, ``held_out``, ``items`` and ``sources`` may stand at the top, for all streams, or in a stream.
-    ``sources`` is ``{name: {source, path, weight, held_out, items}}``. ``None`` and ``sources={}`` mean "not given".
+    ``source``, ``path``, ``held_out``, ``drawings`` and ``sources`` may stand at the top, for all streams, or in a
+    stream. ``sources`` is ``{name: {source, path, weight, held_out, drawings}}``. ``None`` and ``sources={}`` mean
+    "not given".
     """
     given = _given(config)
     fields = {field.name for field in dataclasses.fields(Settings)}
@@ -171,13 +172,13 @@ def _mixture(name: str, given: Mapping[str, Any], top: Mapping[str, Any]) -> tup
     own = any(given.get(key) for key in ("source", "path", "sources"))
     place = given if own else top
     held_out = given.get("held_out", top.get("held_out", "")) or ""
-    items = given.get("items", top.get("items", SourceSettings.items))
+    drawings = given.get("drawings", top.get("drawings", SourceSettings.drawings))
     several = place.get("sources") or {}
     if several and (place.get("source") or place.get("path")):
         raise ValueError(f"stream {name!r}: sources (a mixture) and source or path exclude each other; leave one empty")
     if not several:
         kind = place.get("source") or ("auto" if place.get("path") else "embedded")
-        return (SourceSettings(kind, place.get("path", ""), 1.0, held_out, items),)
+        return (SourceSettings(kind, place.get("path", ""), 1.0, held_out, drawings),)
     accepted = {field.name for field in dataclasses.fields(SourceSettings)}
     mixture = []
     for key in sorted(several):
@@ -187,8 +188,8 @@ def _mixture(name: str, given: Mapping[str, Any], top: Mapping[str, Any]) -> tup
         weight = float(entry.get("weight", 1.0))
         if weight <= 0:
             raise ValueError(f"source {key!r}: weight must be positive, got {weight}")
-        own = (entry.get("held_out", held_out), entry.get("items", items))
-        mixture.append(SourceSettings(kind, entry.get("path", ""), weight, *own))
+        rest = (entry.get("held_out", held_out), entry.get("drawings", drawings))
+        mixture.append(SourceSettings(kind, entry.get("path", ""), weight, *rest))
     return tuple(mixture)
 
 

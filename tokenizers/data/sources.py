@@ -32,13 +32,13 @@ KINDS = ("auto", "embedded", "shapes", "images", "videos", "captions", "array_re
 WITHOUT_PATH = ("embedded", "shapes")
 
 
-def open_source(kind: str, path: str = "", *, held_out: bool = False, items: int = 10_000, labels: bool = False):
+def open_source(kind: str, path: str = "", *, held_out: bool = False, drawings: int = 10_000, labels: bool = False):
     """The source of one data set.
 
     Args:
       kind, path: as above.
       held_out: the embedded photographs that are kept for evaluation, or drawings that are not training ones.
-      items: number of drawings of ``shapes``.
+      drawings: how many ``shapes`` has.
       labels: records have the number of their class: that of their folder, or what their shard says.
 
     Raises:
@@ -51,7 +51,7 @@ def open_source(kind: str, path: str = "", *, held_out: bool = False, items: int
     if kind in WITHOUT_PATH and path:
         raise ValueError(f"the data set {kind!r} has no path, got {path!r}; name another source for it")
     if kind == "shapes":
-        return shapes.ShapesSource(items, held_out=held_out)
+        return shapes.ShapesSource(drawings, held_out=held_out)
     if kind == "embedded":
         return embedded.EmbeddedSource(held_out=held_out)
     path = os.path.expanduser(os.fspath(path))
