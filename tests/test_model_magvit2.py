@@ -208,6 +208,11 @@ def test_tokens_of_two_factors_are_two_indices():
     assert tok.spec.bits_per_token == whole.spec.bits_per_token == 12
 
 
+def test_normalized_latents_of_magvit_choose_by_direction():
+    assert built(VQVAE | {"latent_normalize": True}).bottleneck.distance == "direction"
+    assert built(VQVAE | {"latent_normalize": False}).bottleneck.distance == "euclidean"
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -220,7 +225,6 @@ def test_tokens_of_two_factors_are_two_indices():
         (IBQ_CONFIG | {"l2_normalize": True}, "l2_normalize of an IBQ config True"),
         (IBQ_CONFIG | {"code_dim": 3}, "key of an IBQ config 'code_dim'"),
         (VQVAE | {"norm_type": "LN"}, "norm_type of vqvae 'LN'. .*'GN'"),
-        (VQVAE | {"latent_normalize": True}, "latent_normalize of vqvae True"),
         (VQVAE | {"temporal_downsample": [True, False]}, "one entry between any two levels"),
         (VQVAE | {"entropy_loss_ratio": 0.1, "entropy_loss_type": "hard"}, "unknown entropy_loss_type 'hard'"),
         (LAYERED | {"layers": ["gateloop_time"]}, "layer of magvit2_pytorch 'gateloop_time'.*attend_time"),

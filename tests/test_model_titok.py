@@ -17,7 +17,7 @@ from reference import Case, cases, relative_l2
 
 import tokenizers
 from configs import base, titok_l32_stage1, titok_l32_stage2
-from tokenizers import registry
+from tokenizers import api, registry
 from tokenizers.convert import engine
 from tokenizers.convert import titok as conversion
 from tokenizers.convert.engine import to_official
@@ -251,6 +251,34 @@ def test_training_steps_of_the_first_stage_are_the_official_ones(name):
 
 # Observed (stage 2, single stage with codes, with a Gaussian): see the assertions.
 RATE = 1e-4  # of all cases
+
+
+@pytest.mark.parametrize("name", cases("titok", "train_single_stage_tatitok_vq_tiny"))
+def test_weights_trained_by_clustering_go_back_to_their_official_names(name):
+    """What codes moved beside the optimizer is in the exported ones, and the usage of codes beside them."""
+    case = Case("titok", name)
+    tok = tokenizers.from_official("titok", case.meta["config"], case.weights())
+    table = tok.params["bottleneck"]["codebook"]
+    moved, usage = 0.1 * jnp.cos(table), jnp.abs(jnp.sin(table[:, 0]))
+    module = tok.module.clone(bottleneck=tok.module.bottleneck.clone(learning="clustering"))
+    variables = dict(tok.variables) | {"codebook": {"bottleneck": {"moved": moved, "usage": usage}}}
+    trained = api.Tokenizer(module, variables, tok.name, tok.fields)
+    found = trained.export_official()
+    own = {key for key, _, _ in case.meta["state_dict"] if not key.startswith(("loss", "discriminator"))}
+    assert set(found) == own
+    np.testing.assert_array_equal(found["quantize.embed_prob"], usage)
+    back = tokenizers.from_official("titok", case.meta["config"], found)
+    z = np.asarray(table[:7] + moved[:7])
+    for codes in (
+        back.params["bottleneck"]["codebook"],
+        module.bottleneck.apply(
+            {"params": tok.params["bottleneck"], "codebook": variables["codebook"]["bottleneck"]}, method="codebook"
+        ),
+    ):
+        np.testing.assert_array_equal(codes[:7], z)
+    untouched = set(found) - {"quantize.embedding.weight", "quantize.embed_prob"}
+    for key in untouched:
+        np.testing.assert_array_equal(found[key], case.weights()[key], err_msg=key)
 
 
 @pytest.mark.slow  # each compiles a step with ConvNeXt-S (and VGG-16) in it

@@ -530,6 +530,31 @@ def test_unused_codes_move_to_inputs(distance):
     chex.assert_trees_all_equal(same["codebook"], variables["codebook"])
 
 
+def test_directions_choose_and_codes_keep_their_length():
+    """MAGVIT's ``latent_normalize``: unit vectors are compared, the loss sees the unit input and the code as it is."""
+    vq = VectorQuantizer(16, 4, distance="direction", entropy="smoothed")
+    z, table = normal("vq/direction/z", (2, 5, 4)), normal("vq/direction/table", (16, 4))
+    step = training(vq, {"commitment": 1.0, "codebook": 0.0, "entropy_sample": 0.0, "entropy_codebook": 0.0}, 1.0)
+    encoding, _, grad, _ = step({"params": {"codebook": jnp.asarray(table)}}, z)
+    unit, units = z / np.linalg.norm(z, axis=-1, keepdims=True), table / np.linalg.norm(table, axis=-1, keepdims=True)
+    distances = np.square(unit[..., None, :] - units).sum(-1)
+    np.testing.assert_array_equal(encoding.indices, distances.argmin(-1))
+    codes = table[distances.argmin(-1)]
+    np.testing.assert_array_equal(encoding.latents, codes)
+    for term in ("commitment", "codebook"):
+        np.testing.assert_allclose(encoding.losses[term], np.square(codes - unit).mean(), rtol=1e-5)
+    p = np.exp(-100 * (distances - distances.min(-1, keepdims=True)))
+    p /= p.sum(-1, keepdims=True)
+    entropy = -(p * np.log(p + 1e-5)).sum(-1).mean()
+    # Logits are 100 times the rounding of distances.
+    np.testing.assert_allclose(encoding.losses["entropy_sample"], entropy, rtol=1e-3)
+    pull = 1 + 2 * (unit - codes) / z.size  # at the unit vector, then through its normalization
+    pull -= unit * (pull * unit).sum(-1, keepdims=True)
+    np.testing.assert_allclose(grad, pull / np.linalg.norm(z, axis=-1, keepdims=True), rtol=1e-3, atol=1e-5)
+    found = vq.apply({"params": {"codebook": table}}, codes, method="codes_to_indices")
+    np.testing.assert_array_equal(found, encoding.indices)
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="Did you mean 'cosine'"):
         VectorQuantizer(8, 4, distance="cosin")
@@ -549,6 +574,8 @@ def test_impossible_settings_are_refused():
         VectorQuantizer(8, 4).init(KEY, jnp.zeros((2, 5, 4)), mask=jnp.ones(2, bool))
     with pytest.raises(ValueError, match="a mask goes neither"):
         VectorQuantizer(8, 4, learning="clustering").init(KEY, jnp.zeros((2, 5, 4)), mask=jnp.ones((2, 5), bool))
+    with pytest.raises(ValueError, match="distance='direction' needs learning='gradient', got 'ema'"):
+        VectorQuantizer(8, 4, distance="direction", learning="ema")
     vq = VectorQuantizer(8, 4)
     assert vq.input_channels(4) == 4
     with pytest.raises(ValueError, match="code_dim=4 does not make 5 channels"):

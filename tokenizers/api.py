@@ -247,7 +247,7 @@ class Tokenizer:
         from .convert import engine
 
         rules_ = convert.rules(convert.system(registry.system_of(self.name)), self.module)
-        state = engine.to_official(rules_, jax.device_get(dict(self.variables)))
+        state = engine.to_official(rules_, jax.device_get(convert.settled(self.variables)))
         if path is not None:
             _write_official(pathlib.Path(path).expanduser(), state)
         return state

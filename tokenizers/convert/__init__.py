@@ -52,3 +52,24 @@ def named(file: ModuleType, state_dict: Mapping[str, np.ndarray]) -> Mapping[str
 def variables(file: ModuleType, module: Any, shapes: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Official tensors, `named`, as the variables of a model; ``shapes`` are those of its variables."""
     return engine.to_tree(rules(file, module), shapes, state_dict, ignore=file.IGNORE)
+
+
+def settled(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of a model whose codes also ``moved`` beside the optimizer, with the movement in the parameter.
+
+    (``learning="clustering"`` of `quantize.vq`: official files hold the sum.)
+    """
+
+    def settle(params: Mapping[str, Any], statistics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        params, kept = dict(params), {}
+        for name, value in statistics.items():
+            if name == "moved":
+                params["codebook"] = params["codebook"] + value
+            elif isinstance(value, Mapping) and name in params:
+                params[name], kept[name] = settle(params[name], value)
+            else:
+                kept[name] = value
+        return params, kept
+
+    params, statistics = settle(variables["params"], variables.get("codebook", {}))
+    return dict(variables) | {"params": params} | ({"codebook": statistics} if statistics else {})

@@ -48,7 +48,6 @@ def fields_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
         ("deconv_upsample", False),
         ("activation_fn", "swish"),
         ("norm_type", "GN"),
-        ("latent_normalize", False),
     ):
         check_value(what, found, key, (accepted,))
     codes, dim, factors = found["codebook_size"], found["embedding_dim"], tuple(found["channel_multipliers"])
@@ -58,7 +57,8 @@ def fields_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
             f"temporal_downsample={list(halved)} must have one entry between any two levels of "
             f"channel_multipliers={list(factors)}."
         )
-    bottleneck = {"name": "vq", "codebook_size": codes, "code_dim": dim, "entropy": None}
+    distance = "direction" if found.get("latent_normalize", False) else "euclidean"
+    bottleneck = {"name": "vq", "codebook_size": codes, "code_dim": dim, "distance": distance, "entropy": None}
     if found.get("entropy_loss_ratio", 0.0):
         forms = {"softmax": "smoothed", "argmax": "smoothed_argmax"}
         bottleneck["entropy"] = errors.pick("entropy_loss_type", found.get("entropy_loss_type", "softmax"), forms)

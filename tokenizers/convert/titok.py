@@ -1,11 +1,12 @@
 """Official weights of `tokenizers/models/titok.py`: TiTok and TA-TiTok (bytedance/1d-tokenizer).
 
-Configs do not say whether the decoder reads text; the tensors do. Statistics of ``clustering_vq``, with which single
-stage models are trained, are dropped: encoding and decoding do not use them.
+Configs do not say whether the decoder reads text; the tensors do. Models of the authors' configs do not learn by
+``clustering_vq``, which only training needs; those with ``learning="clustering"`` have its statistics.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,10 @@ def _coder(ours: str, official: str) -> tuple[Rule, ...]:
     )
 
 
+def _zeros(match: re.Match, state: Mapping[str, np.ndarray], leaf: Any) -> np.ndarray:
+    return np.zeros(leaf.shape, leaf.dtype)
+
+
 _PIXELS = "params/to_pixels/pixels"
 TABLE = (
     *(rule for pair in _CODERS for rule in _coder(*pair)),
@@ -65,7 +70,11 @@ TABLE = (
     Rule(rf"{_PIXELS}/mid_block(\d+)/(\w+)/\w+", r"pixel_decoder.mid.\1.\2.{leaf}"),
     Rule(rf"{_PIXELS}/up(\d+)_upsample/\w+", r"pixel_decoder.up.\1.upsample_conv.{leaf}"),
     Rule(r"params/bottleneck/codebook", "quantize.embedding.weight"),
+    # Of clustering_vq; their codes themselves move, in place.
+    Rule(r"codebook/bottleneck/usage", "quantize.embed_prob", absent=_zeros),
+    Rule(r"codebook/bottleneck/moved", None, absent=_zeros),
 )
+# A model that only encodes and decodes needs no statistics.
 IGNORE = (r"quantize\.embed_prob",)
 
 # The two smallest are not released: test cases of the authors' code use them.

@@ -190,8 +190,8 @@ def kmeans_state(
 
 
 def to_metric(x: Array, distance: str) -> Array:
-    """The vectors that a distance compares: unit vectors for ``cosine``, ``x`` itself for ``euclidean``."""
-    return unit_norm(x) if distance == "cosine" else x
+    """The vectors that a distance compares: ``x`` itself for ``euclidean``, unit vectors for the others."""
+    return x if distance == "euclidean" else unit_norm(x)
 
 
 def random_rows(key: Array, rows: Array, count: int) -> Array:

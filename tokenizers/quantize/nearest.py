@@ -23,7 +23,7 @@ def _cosine(codes: Array) -> tuple[float, Array]:
 
 
 # The code to pick is the argmax of gain * <z, code> + bias: the term |z|^2 is the same for all codes.
-DISTANCES = {"euclidean": _euclidean, "cosine": _cosine}
+DISTANCES = {"euclidean": _euclidean, "cosine": _cosine, "direction": _cosine}
 
 
 def nearest(z: Array, codes: Array, distance: str = "euclidean", codes_per_chunk: int | None = None) -> Array:
@@ -31,8 +31,8 @@ def nearest(z: Array, codes: Array, distance: str = "euclidean", codes_per_chunk
 
     Args:
       z: float32 ``(..., D)``.
-      codes: float32 ``(K, D)``; unit vectors for ``distance="cosine"``.
-      distance: ``euclidean`` or ``cosine``.
+      codes: float32 ``(K, D)``; unit vectors for ``distance="cosine"`` and ``"direction"``.
+      distance: ``euclidean``, ``cosine`` or ``direction``, which here is the same as ``cosine``.
       codes_per_chunk: codes compared at once. By default all of them, and a part when positions x K is large: memory is
         then bounded and the running best is kept over the parts.
 

@@ -69,7 +69,8 @@ class VectorQuantizer(nn.Module):
     (1, 0.25), since its released code has them swapped; a moving-average codebook (0.25, -).
 
     With ``distance="cosine"`` z and the codes are normalised to length one first; latents are unit vectors and the
-    losses compare unit vectors.
+    losses compare unit vectors. With ``distance="direction"`` (MAGVIT's ``latent_normalize``) the choice is the same,
+    but a code is the entry of the table with its own length, which the losses compare with the unit vector z.
 
     ``orthogonal=True`` adds ``losses["orthogonality"]`` while a learned codebook trains (`orthogonality`), ``entropy``
     the terms ``entropy_sample`` and ``entropy_codebook`` (weights w and -w; MaskGIT and MAGVIT: 0.1) of
@@ -93,7 +94,7 @@ class VectorQuantizer(nn.Module):
     Attributes:
       codebook_size: K.
       code_dim: D.
-      distance: ``euclidean`` or ``cosine``.
+      distance: ``euclidean``, ``cosine`` or ``direction``; the last one needs ``learning="gradient"``.
       learning: ``gradient`` (parameter ``codebook``), ``ema`` or ``clustering``.
       estimator: ``straight_through`` or ``rotation_trick``: the gradient that z receives from the latents.
       codebook_init: initializer of the table.
@@ -154,6 +155,8 @@ class VectorQuantizer(nn.Module):
         errors.pick("gradient estimator", self.estimator, ESTIMATORS)
         if self.learning not in LEARNING:
             raise errors.unknown("learning of the codebook", self.learning, LEARNING)
+        if self.distance == "direction" and self.learning != "gradient":
+            raise ValueError(f"distance='direction' needs learning='gradient', got {self.learning!r}.")
         if self.learning != "ema":
             for field in _EMA_FIELDS[self.learning == "clustering" :]:
                 default = type(self).__dataclass_fields__[field].default
@@ -223,9 +226,10 @@ class VectorQuantizer(nn.Module):
                 AffineState(**self.affine_statistics.value), rows, self.codes.value, self.affine, counted
             )
             self.affine_statistics.value = state._asdict()
-        table = self.codebook()
+        codebook = self.codebook()
+        table = to_metric(codebook, self.distance)
         indices = self._sampled(z, table) if train and self.sample_temperature else nearest(z, table, self.distance)
-        codes = jnp.take(table, indices, axis=0)
+        codes = jnp.take(codebook, indices, axis=0)
         losses = {"commitment": self._committed(z, table, codes, indices, mask)}
         if self.learning != "ema":
             losses["codebook"] = _mean(jnp.square(codes - jax.lax.stop_gradient(z)), mask)
@@ -248,7 +252,9 @@ class VectorQuantizer(nn.Module):
         """The table of codes ``(K, D)``, float32; unit vectors for the cosine distance."""
         if self.affine is not None:
             return self._affine().to_inputs(self.codes.value)
-        return self.codes.value if self.learning == "ema" else to_metric(self._learned(), self.distance)
+        if self.learning == "ema":
+            return self.codes.value
+        return to_metric(self._learned(), self.distance) if self.distance == "cosine" else self._learned()
 
     def _learned(self) -> Array:
         return self.table + self.moved.value if self.learning == "clustering" else self.table
@@ -268,12 +274,13 @@ class VectorQuantizer(nn.Module):
     def codes_to_indices(self, codes: Array) -> Array:
         """Codes ``(..., D)`` -> int32 ``(...)``: the nearest code, the lowest index of equal ones."""
         self._check(codes.shape)
-        return nearest(to_metric(codes.astype(jnp.float32), self.distance), self.codebook(), self.distance)
+        table = to_metric(self.codebook(), self.distance)
+        return nearest(to_metric(codes.astype(jnp.float32), self.distance), table, self.distance)
 
     def _scores(self, z: Array, table: Array) -> Array:
         """Minus the distances, or cosines, of ``z (..., D)`` to all codes: ``(..., K)``."""
         products = jnp.matmul(z, table.T, precision=jax.lax.Precision.HIGHEST)
-        if self.distance == "cosine":
+        if self.distance != "euclidean":
             return products
         squares = jnp.sum(jnp.square(z), -1, keepdims=True) + jnp.sum(jnp.square(table), -1) - 2 * products
         return -jnp.sqrt(jnp.maximum(squares, 1e-8))
