@@ -25,7 +25,7 @@ from .indexing import Library, Skips, manifest_digest
 from .loading import Item, LoadBatch, Pool
 from .settings import Settings, StreamSettings, resolve
 
-SPLITS = ("train", "held_out")
+SPLITS = ("train", "held_out", "once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Pipeline:
     Args:
       config: see `settings.Settings`; a mapping or a ConfigDict.
       seed: of the shuffling and every random choice.
-      split: "train" (endless, random) or "held_out" (finite, ordered, fixed views).
+      split: "train" (endless, random), "held_out" (finite, ordered, fixed views), or "once": the items that are
+        trained on, as held-out ones are shown.
       process_index, process_count: this process gets rows ``[i * B / n, (i + 1) * B / n)`` of each global batch.
 
     Attributes:
@@ -105,7 +106,7 @@ class Pipeline:
             )
         columns: list[list[Pool]] = []
         for entry in stream.sources:
-            source, members = self._library.split(entry, self.split)
+            source, members = self._library.split(entry, "held_out" if self.split == "held_out" else "train")
             if stream.frames > 1 and source.kind == "image" and not settings.virtual_camera:
                 raise ValueError(
                     f"stream {name!r} wants {stream.frames} frames, but {source.description} are images; "
@@ -147,7 +148,7 @@ class Pipeline:
 
     @property
     def num_batches(self) -> int | None:
-        """Number of held-out batches; ``None`` for the endless training split."""
+        """Number of batches; ``None`` for the endless training split."""
         if self.split == "train":
             return None
         return sum(-(-len(_held_out_plan(bucket)) // bucket.settings.batch_size) for bucket in self._buckets)
@@ -170,9 +171,9 @@ class Pipeline:
         return Batches(self, start)
 
     def evaluation_items(self) -> Iterator[dict[str, Any]]:
-        """Held-out items one by one, in order: pixels uint8 ``(T, H, W, 3)``, stream, name, any caption and label."""
-        if self.split != "held_out":
-            raise ValueError(f"evaluation items belong to split 'held_out', this pipeline has {self.split!r}")
+        """Items one by one, in order: pixels uint8 ``(T, H, W, 3)``, stream, name, any caption and label."""
+        if self.split == "train":
+            raise ValueError("evaluation items belong to splits 'held_out' and 'once', this pipeline has 'train'")
         with self.batches() as batches:
             for batch in batches:
                 for row in np.flatnonzero(batch["valid"]):
@@ -186,7 +187,7 @@ class Pipeline:
         parts = [self._bucket_dataset(bucket) for bucket in self._buckets]
         if len(parts) == 1:
             return parts[0]
-        if self.split == "held_out":
+        if self.split != "train":
             return grain.MapDataset.concatenate(parts)
         return grain.MapDataset.mix(parts, [bucket.settings.weight * bucket.share for bucket in self._buckets])
 
@@ -205,7 +206,7 @@ class Pipeline:
             any(source.has_captions for source in sources),
             any(source.has_labels for source in sources),
         )
-        if self.split == "held_out":
+        if self.split != "train":
             plan = _held_out_plan(bucket)
             plan += [None] * (-len(plan) % bucket.settings.batch_size)
             size = bucket.settings.batch_size

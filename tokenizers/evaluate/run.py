@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ..errors import pick, unknown
@@ -144,7 +143,7 @@ class _Loop:
         tokens = encoding.latents[..., 0] if encoding.indices is None else encoding.indices
         self._grids[shape] = tuple(tokens.shape[1:])
 
-        self._store(name, shape, _gather(arrays))
+        self._store(name, shape, multihost.gather(arrays))
         self._add_baselines(name, first, pixels, valid, items)
 
     def _fill(self, pixels, valid, *others):
@@ -230,7 +229,7 @@ class _Loop:
             for label, coded in self._code(pixels[row]).items():
                 columns[label][row] = self._score_baseline(pixels[row], coded)
         coded_here = np.isin(np.arange(len(pixels)), chosen)
-        found = _gather({"item": items, "coded": coded_here, "columns": columns})
+        found = multihost.gather({"item": items, "coded": coded_here, "columns": columns})
         for index in np.flatnonzero(found["coded"]):
             row = self._rows[name, int(found["item"][index])]
             for label in labels:
@@ -306,12 +305,6 @@ def _timed(total: list[float], frames: int, call):
     total[0] += frames
     total[1] += time.perf_counter() - start
     return result
-
-
-def _gather(tree: Any) -> Any:
-    if jax.process_count() == 1:
-        return jax.tree.map(np.asarray, tree)
-    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))
 
 
 _NAME_BYTES = 120

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,6 +58,19 @@ def on_main(action: Callable[[], None]) -> None:
         failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
     if failed:
         raise error or ValueError("the first process of this run stopped; its message says why.")
+
+
+def gather(tree: Any) -> Any:
+    """Arrays spread over the devices of all processes, whole on the host of each."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))
+
+
+def wait(for_what: str) -> None:
+    """Until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(for_what)
 
 
 class StopRequest:
