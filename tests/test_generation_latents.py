@@ -16,7 +16,7 @@ SIZE = (16, 16)
 
 
 def pictures(batch_size=8, items=44):
-    config = {"source": "shapes", "items": items, "streams": {"image": {"resolutions": (SIZE,)}}}
+    config = {"source": "shapes", "drawings": items, "streams": {"image": {"resolutions": (SIZE,)}}}
     config["streams"]["image"]["batch_size"] = batch_size
     return Pipeline(config, split="once")
 
