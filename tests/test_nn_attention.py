@@ -314,3 +314,31 @@ def test_a_window_is_a_band_of_the_mask():
     distance = jnp.arange(9)[None] - jnp.arange(9)[:, None]  # of the key, after the query
     expected = module.apply(variables, x, mask=(distance >= -3) & (distance <= 1))
     np.testing.assert_allclose(module.apply(variables, x, window=(3, 1)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("split", ["height", "width"])
+@pytest.mark.parametrize(
+    "module", [SpatialAttention(2, name="a"), TemporalAttention(2, name="a")], ids=["space", "time"]
+)
+def test_positions_that_are_split_over_devices_stay_split(module, split):
+    """Every device attends for its own part: nothing but keys and values is gathered."""
+    x = jax.ShapeDtypeStruct((1, 4, 16, 16, 8), jnp.float32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+
+    def bytes_of(mesh):
+        with jax.set_mesh(mesh):
+            names = tuple(f"context_{split}" if name == split else None for name in ("b", "t", "height", "width", "c"))
+            place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+            compiled = (
+                jax.jit(module.apply, in_shardings=(None, place), out_shardings=place).lower(variables, x).compile()
+            )
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    axes = ("data", "fsdp", f"context_{split}")
+    one, eight = (
+        bytes_of(
+            jax.make_mesh((1, 1, n), axes, devices=jax.devices()[:n], axis_types=(jax.sharding.AxisType.Auto,) * 3)
+        )
+        for n in (1, 8)
+    )
+    assert eight < one / 4, (one, eight)

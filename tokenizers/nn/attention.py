@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import unknown
-from ..parallel.constrain import CONTEXT_AXIS, constrain
+from ..parallel.constrain import CONTEXT_AXIS, constrain, splits
 from .conv import STREAM, streams
 from .norm import LayerNorm, RMSNorm
 
@@ -238,15 +238,22 @@ class Attention(_Attention):
 
 
 class SpatialAttention(_Attention):
-    """Attention over the positions of every frame (or image) alone, row by row. Causal in time."""
+    """Attention over the positions of every frame (or image) alone, row by row. Causal in time.
+
+    Where the order of positions does not matter, a width that is split over devices makes it column by column: of rows
+    that were put one after the other, no device could hold its columns, and each would attend for all.
+    """
 
     @nn.compact
     def __call__(
         self, x: Array, *, rotate: Rotate | None = None, mask: Array | None = None, bias: Array | None = None
     ) -> Array:  # (b [t] h w c) -> (b [t] h w d)
+        columns = splits("width") and rotate is None and mask is None and bias is None
+        x = x.swapaxes(-3, -2) if columns else x
         *lead, h, w, c = x.shape
         y = self.over_tokens(x.reshape(*lead, h * w, c), None, rotate, mask=mask, bias=bias)
-        return constrain_grid(y.reshape(*lead, h, w, -1))
+        y = y.reshape(*lead, h, w, -1)
+        return constrain_grid(y.swapaxes(-3, -2) if columns else y)
 
 
 class WindowAttention(_Attention):
@@ -296,11 +303,16 @@ class TemporalAttention(_Attention):
     @nn.compact
     def __call__(self, x: Array, *, rotate: Rotate | None = None) -> Array:  # (b t h w c) -> (b t h w d)
         """``rotate`` must take any number of frames when streaming: it gets the queries and keys from frame 0 on."""
+        columns = splits("width")  # positions are merged so that a split one stays split
+        y = self._over_time(x.swapaxes(2, 3) if columns else x, rotate)
+        return constrain_grid(y.swapaxes(2, 3) if columns else y)
+
+    def _over_time(self, x: Array, rotate: Rotate | None) -> Array:
         b, t, h, w, c = x.shape
         query, key, value = self.project(jnp.moveaxis(x, 1, 3).reshape(b, h * w, t, c))
         if self.window is not None:
             y = self.merge(self._in_window(query, key, value, rotate), c)
-            return constrain_grid(jnp.moveaxis(y.reshape(b, h, w, t, -1), 3, 1))
+            return jnp.moveaxis(y.reshape(b, h, w, t, -1), 3, 1)
         past, key, value = self._with_history(key, value)
         if rotate is not None:
             # The zeros in front and behind give `rotate` the right positions; only this call's queries are read.
@@ -314,8 +326,7 @@ class TemporalAttention(_Attention):
         bias = self._bias(past + jnp.arange(t)[:, None] - jnp.arange(key.shape[-3]))
         options = {"mask": mask, "bias": bias, "is_causal": is_causal}
         y = attend(query, key, value, **options, implementation=self.implementation)
-        y = self.merge(y, c)
-        return constrain_grid(jnp.moveaxis(y.reshape(b, h, w, t, -1), 3, 1))
+        return jnp.moveaxis(self.merge(y, c).reshape(b, h, w, t, -1), 3, 1)
 
     def _with_history(self, key: Array, value: Array) -> tuple[int | Array, Array, Array]:
         """The number of frames before this call's, and the keys and values from frame 0 on (maybe room after them)."""

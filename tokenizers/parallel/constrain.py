@@ -48,6 +48,12 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), tree)
 
 
+def splits(name: str) -> bool:
+    """Whether the mesh in force splits that activation axis (``time``, ``height``, ``width``)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[axis] > 1 for axis in ([] if mesh.empty else _axes_of(mesh, name)))
+
+
 def _axes_of(mesh, name: str | None) -> tuple[str, ...]:
     if name == "batch":
         return tuple(axis for axis in DATA_AXES if axis in mesh.axis_names)
