@@ -47,8 +47,8 @@ def steps():
             pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
             for name, options in OPTIONS.items():
                 program = jax.jit(make_step(recipe.at(config["steps"])), compiler_options=options)
-                compiled = program.lower(state, {}, pixels).compile()
-                yield (name, stream["frames"]), lambda run=compiled, pixels=pixels: run(state, {}, pixels)
+                compiled = program.lower(state, {}, {"pixels": pixels}).compile()
+                yield (name, stream["frames"]), lambda run=compiled, pixels=pixels: run(state, {}, {"pixels": pixels})
 
 
 def seconds(run) -> float:

@@ -105,6 +105,7 @@ def data(**changes) -> ConfigDict:
 def get_base() -> ConfigDict:
     """A config with every field that train.py reads, except the fields of the model."""
     config = ConfigDict()
+    config.recipe = "autoencoder"  # what is trained, and so which fields count (tokenizers/train/build.py)
     config.seed = 0
     config.steps = 1000
     config.precision = "auto"  # float32, bfloat16, auto = bfloat16 on TPU and GPU

@@ -26,10 +26,12 @@ from tokenizers.losses import adversarial, perceptual, reconstruction
 from tokenizers.losses.balance import adaptive_weight
 from tokenizers.networks.lpips import LPIPS
 from tokenizers.train import optim
+from tokenizers.train.adversary import Adversary
+from tokenizers.train.autoencoder import Recipe
 from tokenizers.train.objective import Objective, Term, logvar_reduction, mean_reduction
 from tokenizers.train.schedules import Schedules
 from tokenizers.train.state import AdversaryState, new_state
-from tokenizers.train.step import Adversary, Recipe, make_step
+from tokenizers.train.step import make_step
 
 
 def remembered(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -164,7 +166,7 @@ class Training:
 
             def program(state, frozen, pixels, noises):
                 with drawn(self.noise, noises):
-                    return make_step(recipe)(state, frozen, pixels)
+                    return make_step(recipe)(state, frozen, {"pixels": pixels})
 
             # As a user's program is compiled. Quicker compilation orders sums otherwise, and the kinks of ReLUs, hinges
             # and L1 make 6e-3 of a gradient of that (observed): tolerances were found at this level.

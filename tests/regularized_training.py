@@ -9,7 +9,7 @@ import official_training
 import refweights
 from reference import Case, relative_l2
 
-from tokenizers.train.step import Recipe
+from tokenizers.train.autoencoder import Recipe
 
 # Summation orders differ in float32. Observed on CPU: losses 3e-5, weights 2e-6, norms of gradients below 1e-3.
 LOSS, WEIGHT, GRADIENT = 1e-4, 1e-3, 1e-3

@@ -96,7 +96,7 @@ def test_a_step_from_a_config(weights):
     assert not any("frozen" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
     step = jax.jit(make_step(recipe.at(0)))
     pixels = jnp.asarray(PIXELS)[:, None]
-    new, metrics = step(state, recipe.objective.frozen, pixels)
+    new, metrics = step(state, recipe.objective.frozen, {"pixels": pixels})
     assert int(new.skipped) == 0
     # The weight would be at its maximum, were the gradient of the logits zero.
     assert 0 < metrics["adaptive_weight"] < 0.8 * 1e4

@@ -24,9 +24,10 @@ from tokenizers.parallel.mesh import make_mesh
 from tokenizers.quantize.fsq import FSQ
 from tokenizers.quantize.gaussian import reparameterize
 from tokenizers.train import optim, schedules
+from tokenizers.train.autoencoder import Recipe
 from tokenizers.train.objective import Objective, Term, mean_reduction
 from tokenizers.train.state import new_state
-from tokenizers.train.step import Recipe, make_step
+from tokenizers.train.step import make_step
 
 SYSTEM = "cosmos"
 # Sums in another order. Observed on CPU: 2e-6 in both.
@@ -492,7 +493,7 @@ def train_step(case, weights):
 
     def program(state, frozen, pixels):
         with drawn("normal" if noise else None, noise):
-            return make_step(recipe)(state, frozen, pixels)
+            return make_step(recipe)(state, frozen, {"pixels": pixels})
 
     after, metrics = run_once(program, state, {"vgg": vgg_variables(case)}, pixels)
     names = [{"params": tree} for tree in (tok.params, after.params["model"], after.ema, after.optimizer[0]["model"])]

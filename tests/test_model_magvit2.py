@@ -326,7 +326,7 @@ class Training:
 
     def step(self):
         step = compiled(make_step(self.recipe.at(int(self.state.step))))
-        self.state, metrics = step(self.state, self.frozen, self.pixels)
+        self.state, metrics = step(self.state, self.frozen, {"pixels": self.pixels})
         return metrics
 
     def official(self, params, opponent):

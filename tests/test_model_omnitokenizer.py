@@ -27,9 +27,11 @@ from tokenizers.models import omnitokenizer
 from tokenizers.networks.lpips import LPIPS
 from tokenizers.parallel import platform
 from tokenizers.train import optim
+from tokenizers.train.adversary import Adversary
+from tokenizers.train.autoencoder import Recipe
 from tokenizers.train.objective import Objective, Term, mean_reduction
 from tokenizers.train.state import AdversaryState, new_state
-from tokenizers.train.step import Adversary, Recipe, make_step
+from tokenizers.train.step import make_step
 
 # Summation orders differ in float32. Observed on CPU: 2e-6 for released sizes, 8e-7 for small ones.
 TOLERANCE = 1e-5
@@ -377,7 +379,7 @@ class Training:
 
         def program(state, frozen, pixels, noise):
             with official_training.drawn("normal" if noise else None, noise):
-                return make_step(self.recipe)(state, frozen, pixels)
+                return make_step(self.recipe)(state, frozen, {"pixels": pixels})
 
         return jax.jit(program)(self.before, self.frozen, self.pixels, noise)
 

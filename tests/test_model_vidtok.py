@@ -621,7 +621,7 @@ def test_training_steps_are_the_authors(name):
             shape = (pixels.shape[0], -(-frames // 4), height // 8, width // 8, 4)
             drawn = {"bottleneck": {"value": noise(run.case, shape, batch)}}
             run.state = run.state.replace(model_state={"noise": drawn})
-        run.state, metrics = step(run.state, run.frozen, pixels)
+        run.state, metrics = step(run.state, run.frozen, {"pixels": pixels})
         same_terms(run, recipe, batch, metrics, before["loss.logvar"], elements=3 * pixels.shape[2] * pixels.shape[3])
         moments = same_gradients(run, recipe, batch, metrics, before, moments)
     if "stage2" in name:

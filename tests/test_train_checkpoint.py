@@ -46,7 +46,7 @@ def run(tmp_path_factory):
     leaves = [jax.device_put((leaf + i).astype(leaf.dtype), leaf.sharding) for i, leaf in enumerate(leaves)]
     state = jax.tree.unflatten(tree, leaves).replace(step=state.step + 3)
     with checkpoint.Checkpoints(folder) as checkpoints:
-        checkpoints.save(state, *META, psnr=20.0)
+        checkpoints.save(state, *META, score=20.0)
     return folder, state
 
 
@@ -107,13 +107,13 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     state, _ = make_state(sharded("plain"))
     scores = {1: None, 2: 30.0, 3: 25.0, 4: None, 5: 28.0, 6: None, 7: None}
     with checkpoint.Checkpoints(tmp_path, keep_last=2, keep_best=2) as checkpoints:
-        for step, psnr in scores.items():
-            checkpoints.save(state.replace(step=jnp.int32(step), **counters), *META, psnr=psnr)
+        for step, score in scores.items():
+            checkpoints.save(state.replace(step=jnp.int32(step), **counters), *META, score=score)
     with checkpoint.Checkpoints(tmp_path, keep_last=2, keep_best=2) as checkpoints:
         assert checkpoints.steps() == [2, 5, 6, 7]
         assert checkpoints.latest() == 7
         # A start later the best are still known.
-        checkpoints.save(state.replace(step=jnp.int32(8), **counters), *META, psnr=10.0)
+        checkpoints.save(state.replace(step=jnp.int32(8), **counters), *META, score=10.0)
         checkpoints.wait()
         assert checkpoints.steps() == [2, 5, 7, 8]
 

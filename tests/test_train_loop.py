@@ -86,10 +86,10 @@ def test_single_bad_batches_are_skipped_and_counted(tmp_path, monkeypatch):
     def poisoned(recipe):
         step = real(recipe)
 
-        def with_bad_batches(state, frozen, pixels):
-            pixels = pixels.astype(np.float32) / 127.5 - 1
+        def with_bad_batches(state, frozen, inputs):
+            pixels = inputs["pixels"].astype(np.float32) / 127.5 - 1
             bad = (state.step == 2) | (state.step == 4)
-            return step(state, frozen, jax.numpy.where(bad, jax.numpy.nan, pixels))
+            return step(state, frozen, {"pixels": jax.numpy.where(bad, jax.numpy.nan, pixels)})
 
         return with_bad_batches
 
@@ -136,9 +136,10 @@ def test_the_best_is_kept_even_between_two_saves(tmp_path, monkeypatch):
             pass
 
         def __call__(self, state):
-            return {"held_out/psnr": scores[int(state.step)]}, {}, {}
+            score = scores[int(state.step)]
+            return score, {"held_out/psnr": score}, {}, {}
 
-    monkeypatch.setattr(loop.preview, "HeldOut", Scored)
+    monkeypatch.setattr(loop.build, "held_out", Scored)
     often = {"evaluation.every": 1, "checkpoint.every": 0, "checkpoint.keep_best": 2, "checkpoint.keep_last": 1}
     loop.run(config(**often), tmp_path)
     assert steps(tmp_path) == [2, 4, 6]

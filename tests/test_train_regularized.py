@@ -95,7 +95,7 @@ def test_a_transformed_step_compares_the_transformed_image():
     quiet = Patches(DiagonalGaussian(min_logvar=-60.0, max_logvar=-60.0))
     recipe = dataclasses.replace(recipe, model=quiet, equivariance=None, draws=(Draw(latents=transform),) * 2)
     state = state_of(recipe)
-    _, metrics = jax.jit(make_step(recipe))(state, {}, PIXELS)
+    _, metrics = jax.jit(make_step(recipe))(state, {}, {"pixels": PIXELS})
     pixels = jnp.asarray(PIXELS[:, 0] / 127.5 - 1, jnp.float32)
     variables = {"params": state.params["model"]}
     latents = quiet.apply(variables, pixels, method="encode").latents
@@ -115,7 +115,7 @@ def test_of_discrete_tokenizers_the_features_are_transformed():
     recipe = recipe_of(config)
     recipe = dataclasses.replace(recipe, model=model, equivariance=None, draws=(Draw(latents=transform),) * 2)
     state = state_of(recipe)
-    _, metrics = jax.jit(make_step(recipe))(state, {}, PIXELS)
+    _, metrics = jax.jit(make_step(recipe))(state, {}, {"pixels": PIXELS})
     pixels = jnp.asarray(PIXELS[:, 0] / 127.5 - 1, jnp.float32)
     variables = {"params": state.params["model"]}
 
@@ -157,7 +157,7 @@ def test_alignment_reaches_encoder_and_projection(tiny_foundation, project):
     shapes = {"latents": {"kernel": (4, 8)}, "features": {"kernel": (8, 4), "bias": (4,)}}[project]
     assert {k: v.shape for k, v in recipe.objective.params["alignment"].items()} == shapes
     state = state_of(recipe)
-    new, metrics = jax.jit(make_step(recipe))(state, recipe.objective.frozen, PIXELS)
+    new, metrics = jax.jit(make_step(recipe))(state, recipe.objective.frozen, {"pixels": PIXELS})
     assert metrics["alignment_weight"] > 0
     parts = metrics["loss/alignment_cosine"] + metrics["loss/alignment_distance"]
     np.testing.assert_allclose(metrics["loss/alignment"], parts, rtol=1e-6)
@@ -170,7 +170,7 @@ def test_alignment_reaches_encoder_and_projection(tiny_foundation, project):
     aligner = dataclasses.replace(recipe.objective.alignment, layer="")
     only = dataclasses.replace(recipe.objective, terms=terms, alignment=aligner, bottleneck={"kl": 0.0})
     new, metrics = jax.jit(make_step(dataclasses.replace(recipe, objective=only)))(
-        state, recipe.objective.frozen, PIXELS
+        state, recipe.objective.frozen, {"pixels": PIXELS}
     )
     assert metrics["alignment_weight"] == 0.5
 

@@ -115,7 +115,7 @@ def test_sigterm_saves_and_exits_cleanly(reference, tmp_path):
 def test_each_program_is_compiled_once_per_start(reference):
     compiled = [line.split(" in ")[0] for line in reference[1].splitlines() if line.startswith("compiled the step")]
     assert sorted(compiled) == [
-        f"compiled the step for pixels (8, {frames}, 16, 16, 3), with the discriminator," for frames in (1, 3)
+        f"compiled the step for pixels (8, {frames}, 16, 16, 3), with the discriminator" for frames in (1, 3)
     ]
 
 

@@ -109,7 +109,7 @@ def parts(config, devices=None):
             options = platform.run_once_options()
             programs[key] = jax.jit(make_step(now), donate_argnums=0, out_shardings=placed, compiler_options=options)
         with jax.set_mesh(mesh):
-            return programs[key](state, {}, meshes.global_batch(mesh, pixels))
+            return programs[key](state, {}, {"pixels": meshes.global_batch(mesh, pixels)})
 
     step.programs = programs
     return mesh, recipe, state, step

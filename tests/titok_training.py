@@ -23,9 +23,11 @@ from tokenizers.losses import adversarial, balance, perceptual, reconstruction
 from tokenizers.networks.convnext import ConvNeXt
 from tokenizers.networks.lpips import LPIPS
 from tokenizers.train import optim
+from tokenizers.train.adversary import Adversary
+from tokenizers.train.autoencoder import Recipe
 from tokenizers.train.objective import Objective, Term, mean_reduction
 from tokenizers.train.state import AdversaryState, new_state
-from tokenizers.train.step import Adversary, Recipe, make_step
+from tokenizers.train.step import make_step
 
 UNDECAYED = {
     "encode_tokens/patches/kernel": "encoder.patch_embed.weight",
@@ -146,7 +148,7 @@ class Training:
             return call(*args, **kwargs)
 
         with nn.intercept_methods(with_text), drawn("normal" if self.noise else None, self.noise):
-            return make_step(self.recipe)(state, frozen, pixels)
+            return make_step(self.recipe)(state, frozen, {"pixels": pixels})
 
     def step(self):
         """(state before, state after, metrics)."""

@@ -24,9 +24,11 @@ from tokenizers.losses import adversarial, perceptual, reconstruction
 from tokenizers.losses.balance import constant_weight
 from tokenizers.networks.lpips import LPIPS
 from tokenizers.train import optim
+from tokenizers.train.adversary import Adversary
+from tokenizers.train.autoencoder import Recipe
 from tokenizers.train.objective import Objective, Term, mean_reduction
 from tokenizers.train.state import AdversaryState, new_state
-from tokenizers.train.step import Adversary, Recipe, make_step
+from tokenizers.train.step import make_step
 
 _STYLE = {"conv1": "conv_in", "conv_last": "conv_out", "fc1": "dense1", "fc2": "dense2"}
 
@@ -160,7 +162,7 @@ class Training:
         @jax.jit
         def program(state, frozen, pixels, noise):
             with drawn("normal", [noise]):
-                return make_step(self.recipe)(state, frozen, pixels)
+                return make_step(self.recipe)(state, frozen, {"pixels": pixels})
 
         state = self.before.replace(step=jnp.int32(self.case.meta["training"]["step"]))
         self.after, metrics = program(state, frozen, self.pixels, noise)

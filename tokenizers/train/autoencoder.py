@@ -1,4 +1,4 @@
-"""One training step of an autoencoder with a bottleneck, with or without a discriminator, as one pure function.
+"""The recipe of an autoencoder with a bottleneck, with or without a discriminator: its step as one pure function.
 
 The generator's gradient takes a single pass back through decoder and encoder: losses are differentiated at the
 reconstruction, the adaptive weight combines those two cotangents (`losses.balance`), and their combination is pulled
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,68 +19,16 @@ import numpy as np
 import optax
 
 from .. import pixels as pixel_values
-from ..losses import adversarial, alignment, balance, equivariance
+from .. import registry
+from ..losses import alignment, balance, equivariance
 from ..losses.equivariance import Draw, Equivariance, Transform
 from ..parallel.constrain import constrain, whole
+from . import adversary as adversaries
 from . import optim
+from .adversary import Adversary
 from .objective import Metrics, Objective
 from .schedules import Schedules
-from .state import AdversaryState, TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Adversary:
-    """The discriminator and how it takes part.
-
-    Attributes:
-      module: logits from pixels, ``module(pixels, train)``.
-      network: names the frozen network whose variables it reads as its collection ``frozen``, if any.
-      generator_loss: ``fake_logits -> scalar``.
-      discriminator_loss: ``(real_logits, fake_logits) -> scalar``.
-      optimizer: its own optimizer.
-      weight: optax transformation that balances the two cotangents of the generator.
-      factor: scales the adversarial parts of both losses.
-      start: first step whose discriminator is trained.
-      generator_start: first step whose generator sees the discriminator.
-      lecam_weight, lecam_decay: LeCam regularization; weight 0 leaves it out.
-      lecam: ``(state, real logits, fake logits, decay) -> (penalty, state)``, of `adversarial.LECAM`.
-      feature_matching_weight: of the distance of its hidden features, added to ``generator_loss``.
-      r1_weight, r1_every: gradient penalty on real pixels, every so many steps; weight 0 leaves it out.
-      ema_decay: of an average of its parameters; 0 keeps none.
-      clips_only: batches of single frames do without it.
-      fresh_forward: run the generator again, with its updated parameters, for the discriminator's loss (VQGAN);
-        otherwise the reconstruction of the generator's pass serves both (VidTok).
-      leads: its turn comes first, and the generator's pass faces the updated discriminator (IBQ).
-      runs: whether this program runs it at all, see `Recipe.at`.
-      ramp: steps from ``generator_start`` on over which its part in the generator's loss grows from 0 to all of it.
-    """
-
-    module: nn.Module
-    generator_loss: Callable
-    discriminator_loss: Callable
-    optimizer: optax.GradientTransformation
-    weight: optax.GradientTransformationExtraArgs
-    factor: float
-    start: int
-    generator_start: int
-    lecam_weight: float
-    lecam_decay: float
-    feature_matching_weight: float
-    r1_weight: float
-    r1_every: int
-    ema_decay: float
-    fresh_forward: bool
-    leads: bool = False
-    clips_only: bool = False
-    runs: bool = True
-    ramp: int = 0
-    network: str = ""
-    lecam: Callable = adversarial.lecam_update
-
-    def seen(self, step: jax.Array) -> jax.Array:
-        """How much of the adversarial loss the generator sees at that step, in [0, 1]."""
-        since = step - self.generator_start
-        return jnp.clip((since + 1) / self.ramp, 0, 1) if self.ramp else (since >= 0).astype(jnp.float32)
+from .state import TrainState, new_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +50,41 @@ class Recipe:
     # Of this program: the generator's pass, and the one before the discriminator's turn (``fresh_forward``).
     draws: tuple[Draw, Draw] = (Draw(), Draw())
 
+    @property
+    def networks(self) -> Mapping[str, Any]:
+        return self.objective.frozen
+
+    @property
+    def program(self) -> Any:
+        return self.adversary is not None and self.adversary.runs, self.draws
+
+    def initialize(self) -> TrainState:
+        model_key, adversary_key = jax.random.split(jax.random.key(self.seed))
+        variables = dict(self.model.init(model_key, jnp.zeros(registry.example_shape(self.model))))
+        params = {"model": variables.pop("params"), "objective": dict(self.objective.params)}
+        ema = jax.tree.map(jnp.copy, params["model"])
+        opponent = None if self.adversary is None else adversaries.initialize(self.adversary, adversary_key)
+        return new_state(params, variables, ema, self.optimizer.init(params), opponent)
+
+    def summary(self) -> list[str]:
+        adversary = self.adversary
+        if adversary is None:
+            return []
+        return [
+            f"discriminator {type(adversary.module).__name__}: trained from step {adversary.start}, seen by the "
+            f"generator from step {adversary.generator_start}"
+        ]
+
+    def told(self) -> list[str]:
+        told = ["with the discriminator"] if self.program[0] else []
+        return told + ([] if self.equivariance is None else [str(self.draws[0])])
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {"pixels": np.ascontiguousarray(batch["pixels"])}
+
+    def inputs_of(self, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"pixels": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+
     def at(self, step: int) -> Recipe:
         """The recipe of the program for that step: before ``adversary.start`` the discriminator costs nothing.
 
@@ -118,34 +101,14 @@ class Recipe:
             recipe = dataclasses.replace(recipe, adversary=adversary)
         return recipe
 
-
-def make_step(given: Recipe) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]:
-    """``step(state, frozen, pixels) -> (state, metrics)``; pixels uint8 or float ``(B, T, H, W, C)``.
-
-    A step whose loss or gradient is not finite changes nothing but the counters.
-    """
-
-    def step(state: TrainState, frozen, pixels):
-        recipe = _for_frames(given, pixels.shape[1])
-        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-        micro = _split(pixels, recipe.accumulate)
-        new, metrics = _update(recipe, state, frozen, micro, key)
-        watched = [value for name, value in metrics.items() if name.startswith(("loss/", "grad_norm/"))]
-        finite = jnp.all(jnp.isfinite(jnp.stack(watched)))
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        new = new.replace(
-            step=state.step + 1,
-            skipped=state.skipped + jnp.where(finite, 0, 1),
-            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-        )
-        metrics |= {
-            "skipped": new.skipped,
-            "skipped_in_a_row": new.skipped_in_a_row,
-            "learning_rate": recipe.learning_rate(state.step - state.skipped),  # the optimizer counts its updates
-        } | recipe.schedules.metrics(state.step)
-        return new, metrics
-
-    return step
+    def update(
+        self, state: TrainState, networks: Mapping[str, Any], inputs: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """``inputs["pixels"]`` are uint8 or float ``(B, T, H, W, C)``."""
+        pixels = inputs["pixels"]
+        recipe = _for_frames(self, pixels.shape[1])
+        new, metrics = _update(recipe, state, networks, _split(pixels, recipe.accumulate), key)
+        return new, metrics | recipe.schedules.metrics(state.step)
 
 
 def _for_frames(recipe: Recipe, frames: int) -> Recipe:
@@ -180,7 +143,7 @@ def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) ->
         )
         opponent_grads = ()
         if shared:
-            opponent_grads, opponent, more = _discriminator_pass(
+            opponent_grads, opponent, more = adversaries.learn(
                 adversary, opponent, frozen, state.step, reconstruction, target
             )
             metrics |= more
@@ -193,7 +156,7 @@ def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) ->
     metrics["grad_norm/generator"] = optax.tree.norm(grads)
 
     if shared:
-        opponent = _discriminator_update(recipe, opponent, opponent_grads, state.step)
+        opponent = adversaries.update(adversary, opponent, opponent_grads, state.step, recipe.ema_warmup)
         led = {"grad_norm/discriminator": optax.tree.norm(opponent_grads)}
     elif adversary is not None and adversary.fresh_forward:
         updated, options = (params["model"], model_state), {"first_key": recipe.accumulate, "draw": recipe.draws[1]}
@@ -219,11 +182,11 @@ def _own_turn(recipe: Recipe, params, model_state, opponent, frozen, step, micro
         target = reconstruction = draw.latents(seen)
         if adversary.runs:
             (reconstruction, _), model_state = _forward(recipe, params, model_state, seen, rngs, step, draw.latents)
-        grads, opponent, metrics = _discriminator_pass(adversary, opponent, frozen, step, reconstruction, target)
+        grads, opponent, metrics = adversaries.learn(adversary, opponent, frozen, step, reconstruction, target)
         return (model_state, opponent), (grads, metrics)
 
     (model_state, opponent), (grads, metrics) = _mean_over_micro_batches(oppose, (model_state, opponent), micro)
-    opponent = _discriminator_update(recipe, opponent, grads, step)
+    opponent = adversaries.update(adversary, opponent, grads, step, recipe.ema_warmup)
     return model_state, opponent, metrics | {"grad_norm/discriminator": optax.tree.norm(grads)}
 
 
@@ -334,7 +297,7 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
 
     adversary = recipe.adversary
     if adversary is not None:
-        fooling, cotangent_gan, opponent = _fool(adversary, opponent, frozen, reconstruction, target)
+        fooling, cotangent_gan, opponent = adversaries.fool(adversary, opponent, frozen, reconstruction, target)
         grads, weight_state = balance.balanced_pull(
             pull_both,
             adversary.weight,
@@ -365,85 +328,3 @@ def _alignment_weight(aligner, pull, cotangent) -> jax.Array | float:
         for cotangents in ((cotangent, zero, zero), (jnp.zeros_like(cotangent), zero, one))
     )
     return aligner.weight * alignment.adaptive_weight(*gradients)
-
-
-def _fool(adversary: Adversary, opponent: AdversaryState, frozen, reconstruction, target):
-    """(generator loss, its gradient at the reconstruction, adversary state); zeros while the discriminator waits."""
-    if not adversary.runs:
-        return jnp.zeros((), jnp.float32), jnp.zeros_like(reconstruction), opponent
-
-    def loss(y):
-        logits, fake, statistics = _discriminate(adversary, opponent.params, opponent.statistics, frozen, y)
-        value = adversary.generator_loss(logits)
-        if adversary.feature_matching_weight:
-            _, real, _ = _discriminate(adversary, opponent.params, opponent.statistics, frozen, target)
-            value = value + adversary.feature_matching_weight * adversarial.feature_matching(real, fake)
-        return value, statistics
-
-    (value, statistics), cotangent = jax.value_and_grad(loss, has_aux=True)(reconstruction)
-    return value, cotangent, opponent.replace(statistics=statistics)
-
-
-def _variables(adversary: Adversary, params, statistics, frozen) -> dict[str, Any]:
-    network = {"frozen": whole(frozen[adversary.network])} if adversary.network else {}
-    return {"params": whole(params), **statistics, **network}
-
-
-def _discriminate(adversary: Adversary, params, statistics, frozen, pixels):
-    """(logits, hidden features, statistics); what is not used of them costs nothing."""
-    variables = _variables(adversary, params, statistics, frozen)
-    (logits, features), new = adversary.module.apply(
-        variables, pixels, train=True, mutable=list(statistics), method="features"
-    )
-    return logits.astype(jnp.float32), features, new
-
-
-def _discriminator_pass(adversary: Adversary, opponent: AdversaryState, frozen, step, reconstruction, pixels):
-    """(gradients, adversary state, metrics) of one micro-batch; zeros while the discriminator waits."""
-    real = pixel_values.to_float(pixels)
-    fake = jax.lax.stop_gradient(reconstruction)
-
-    def loss(params):
-        real_logits, _, statistics = _discriminate(adversary, params, opponent.statistics, frozen, real)
-        fake_logits, _, statistics = _discriminate(adversary, params, statistics, frozen, fake)
-        value = adversary.discriminator_loss(real_logits, fake_logits)
-        penalty, lecam = adversary.lecam(opponent.lecam, real_logits, fake_logits, adversary.lecam_decay)
-        value = adversary.factor * (value + adversary.lecam_weight * penalty)
-        if adversary.r1_weight:
-            value = value + _r1(adversary, params, statistics, frozen, real, step)
-        metrics = {
-            "loss/discriminator": value,
-            "logits/real": real_logits.mean(),
-            "logits/fake": fake_logits.mean(),
-        }
-        return value, (statistics, lecam, metrics)
-
-    if not adversary.runs:
-        metrics = dict.fromkeys(("loss/discriminator", "logits/real", "logits/fake"), jnp.zeros((), jnp.float32))
-        return jax.tree.map(jnp.zeros_like, opponent.params), opponent, metrics
-    grads, (statistics, lecam, metrics) = jax.grad(loss, has_aux=True)(opponent.params)
-    return grads, opponent.replace(statistics=statistics, lecam=lecam), metrics
-
-
-def _r1(adversary: Adversary, params, statistics, frozen, real, step):
-    """R1 penalty every ``r1_every`` steps, scaled up by that number (lazy regularization, StyleGAN2)."""
-
-    def penalty():
-        # Running statistics: with those of the batch its items would influence each other.
-        variables = _variables(adversary, params, statistics, frozen)
-        return adversarial.r1_penalty(lambda x: adversary.module.apply(variables, x), real)
-
-    due = step % adversary.r1_every == 0
-    value = jax.lax.cond(due, penalty, lambda: jnp.zeros((), jnp.float32))
-    return adversary.r1_weight * adversary.r1_every * value
-
-
-def _discriminator_update(recipe: Recipe, opponent: AdversaryState, grads, step) -> AdversaryState:
-    adversary = recipe.adversary
-    if not adversary.runs:
-        return opponent
-    updates, optimizer = adversary.optimizer.update(grads, opponent.optimizer, opponent.params)
-    params, ema = optax.apply_updates(opponent.params, updates), opponent.ema
-    if adversary.ema_decay:
-        ema = optim.ema_update(ema, params, adversary.ema_decay, step - adversary.start, recipe.ema_warmup)
-    return opponent.replace(params=params, optimizer=optimizer, ema=ema)

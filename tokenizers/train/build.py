@@ -6,22 +6,25 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from .. import api, errors, loading, pixels, registry
+from ..data.pipeline import Pipeline
 from ..discriminators import blur, dino, patchgan, stylegan, tats
 from ..losses import adversarial, balance, equivariance
 from ..networks import foundation
 from ..parallel import platform, rules
 from ..parallel.mesh import batch_parts, replicated
-from . import objective, optim, schedules
+from . import objective, optim, preview, schedules
+from .adversary import Adversary
+from .autoencoder import Recipe
 from .config import write_atomically
-from .state import AdversaryState, TrainState, new_state
-from .step import Adversary, Recipe
+from .state import TrainState
+from .step import Trainable
 
 _NO_DISCRIMINATOR = (None, "", "None")  # the last is what --config.discriminator.name=None gives
 
@@ -51,12 +54,49 @@ _DISCRIMINATORS = {
 }
 
 
-def recipe(config: Mapping) -> Recipe:
+class HeldOut(Protocol):
+    """Judges a state while training goes on."""
+
+    def __call__(self, state: TrainState) -> tuple[float, dict[str, float], dict[str, Any], dict[str, Any]]:
+        """(score, more is better; scores by name; pictures by name; clips by name)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What can be trained: what a run of it is made of, from its config."""
+
+    recipe: Callable[[Mapping], Trainable]
+    data: Callable[..., Pipeline] = Pipeline
+    held_out: Callable[[Mapping, Trainable, Mesh], HeldOut] = preview.HeldOut
+
+
+def kind(config: Mapping) -> Kind:
+    """Of ``config.recipe``."""
+    return errors.pick("recipe", config["recipe"], KINDS)
+
+
+def recipe(config: Mapping) -> Trainable:
     """All parts of a step.
 
     Raises:
       ValueError: for unknown names and fields.
     """
+    return kind(config).recipe(config)
+
+
+def data(config: Mapping, process_index: int, process_count: int) -> Pipeline:
+    """The batches of this process."""
+    return kind(config).data(
+        config["data"], seed=config["seed"], process_index=process_index, process_count=process_count
+    )
+
+
+def held_out(config: Mapping, parts: Trainable, mesh: Mesh) -> HeldOut:
+    """What judges the run."""
+    return kind(config).held_out(config, parts, mesh)
+
+
+def _autoencoder(config: Mapping) -> Recipe:
     dtype = platform.compute_dtype(config["precision"])
     name, fields = _model_fields(config)
     optimizer, rate = optim.make(config["optimizer"], config["steps"])
@@ -87,6 +127,9 @@ def recipe(config: Mapping) -> Recipe:
     )
 
 
+KINDS = {"autoencoder": Kind(_autoencoder)}
+
+
 def _equivariance(config: Mapping, model) -> equivariance.Equivariance | None:
     if not config["probability"] and not config["smaller"]:
         return None
@@ -106,6 +149,12 @@ def _equivariance(config: Mapping, model) -> equivariance.Equivariance | None:
 def _model_fields(config: Mapping) -> tuple[str, dict[str, Any]]:
     fields = dict(config["model"])
     return fields.pop("name"), fields
+
+
+def _example(streams: Mapping) -> tuple[int, ...]:
+    """Shape of pixels that a discriminator's parameters are made for."""
+    height, width = next(iter(streams.values()))["resolutions"][0]
+    return (1, max(stream["frames"] for stream in streams.values()), height, width, 3)
 
 
 def _adversary(config: Mapping, dtype) -> tuple[Adversary | None, Any]:
@@ -148,48 +197,18 @@ def _adversary(config: Mapping, dtype) -> tuple[Adversary | None, Any]:
         ramp=part["ramp"],
         network="" if network is None else "discriminator",
         clips_only=part["clips_only"],
+        example=_example(config["data"]["streams"]),
     )
     return adversary, network
 
 
-def _initializer(config: Mapping, parts: Recipe) -> Callable[[], TrainState]:
-    def initialize() -> TrainState:
-        model_key, adversary_key = jax.random.split(jax.random.key(parts.seed))
-        variables = dict(parts.model.init(model_key, jnp.zeros(registry.example_shape(parts.model))))
-        params = {"model": variables.pop("params"), "objective": dict(parts.objective.params)}
-        ema = jax.tree.map(jnp.copy, params["model"])
-        optimizer = parts.optimizer.init(params)
-        return new_state(params, variables, ema, optimizer, _adversary_state(config, parts.adversary, adversary_key))
-
-    return initialize
-
-
-def _adversary_state(config: Mapping, adversary: Adversary | None, key) -> AdversaryState | None:
-    if adversary is None:
-        return None
-    streams = config["data"]["streams"].values()
-    height, width = next(iter(streams))["resolutions"][0]
-    example = jnp.zeros((1, max(stream["frames"] for stream in streams), height, width, 3))
-    variables = dict(adversary.module.init(key, example))
-    params = variables.pop("params")
-    variables.pop("frozen", None)  # an argument of the step, see `recipe`
-    return AdversaryState(
-        params=params,
-        statistics=variables,
-        ema=jax.tree.map(jnp.copy, params) if adversary.ema_decay else None,
-        optimizer=adversary.optimizer.init(params),
-        lecam=adversarial.lecam_init(),
-        balance=adversary.weight.init(example),
-    )
-
-
-def abstract_state(config: Mapping, parts: Recipe, mesh: Mesh) -> TrainState:
+def abstract_state(config: Mapping, parts: Trainable, mesh: Mesh) -> TrainState:
     """Shapes and shardings of the state, without computing it.
 
     Raises:
       ValueError: for sharding rules that match nothing or do not fit.
     """
-    shapes = jax.eval_shape(_initializer(config, parts))
+    shapes = jax.eval_shape(parts.initialize)
     placements = _rules(config)
     rules.check_used(placements, shapes)
     return jax.tree.map(
@@ -206,7 +225,7 @@ def _rules(config: Mapping) -> tuple[rules.Rule, ...]:
     return tuple((str(pattern), place) for pattern, place in config["mesh"]["rules"])
 
 
-def check_batches(shapes, parts: Recipe, mesh: Mesh) -> None:
+def check_batches(shapes, parts: Trainable, mesh: Mesh) -> None:
     """Refuses batches that the model, the mesh or the accumulation cannot take, before anything is compiled.
 
     Args:
@@ -231,11 +250,10 @@ def check_batches(shapes, parts: Recipe, mesh: Mesh) -> None:
             raise ValueError(f"stream {stream!r}: {error}") from error
 
 
-def initial_state(config: Mapping, parts: Recipe, mesh: Mesh) -> TrainState:
+def initial_state(config: Mapping, parts: Trainable, mesh: Mesh) -> TrainState:
     """The state before the first step, laid out over the mesh; each device computes its own part."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, parts, mesh))
-    initialize = _initializer(config, parts)
-    state = jax.jit(initialize, out_shardings=places, compiler_options=platform.run_once_options())()
+    state = jax.jit(parts.initialize, out_shardings=places, compiler_options=platform.run_once_options())()
     if config["init_from"] is not None:
         state = _with_weights(state, config, places)
     for name, part in config["init_parts"].items():
@@ -309,14 +327,14 @@ def compile_message(compiled, what: str, seconds: float, mesh: Mesh) -> str:
     analysis = compiled.cost_analysis() or {}
     flops = analysis.get("flops", 0.0) * mesh.size
     memory = compiled.memory_analysis()
-    text = f"compiled the step for pixels {what} in {seconds:.1f} s: {flops / 1e9:.2f} GFLOP per step"
+    text = f"compiled the step for {what} in {seconds:.1f} s: {flops / 1e9:.2f} GFLOP per step"
     if memory is not None:
         total = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         text += f", {total / 2**20:.0f} MiB per device"
     return text
 
 
-def write_summary(folder: pathlib.Path, config: Mapping, parts: Recipe, mesh: Mesh, data, say: Callable) -> None:
+def write_summary(folder: pathlib.Path, config: Mapping, parts: Trainable, mesh: Mesh, data, say: Callable) -> None:
     """Says what is about to be trained, and leaves the folder explaining itself."""
     spec, shapes = parts.model.spec, registry.abstract_variables(parts.model)["params"]
     total = registry.parameter_count(parts.model)
@@ -329,12 +347,7 @@ def write_summary(folder: pathlib.Path, config: Mapping, parts: Recipe, mesh: Me
         f"compute {jnp.dtype(platform.compute_dtype(config['precision'])).name} on {mesh.size} x "
         f"{mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}",
     ]
-    if parts.adversary is not None:
-        lines.append(
-            f"discriminator {config['discriminator']['name']}: trained from step {parts.adversary.start}, seen by the "
-            f"generator from step {parts.adversary.generator_start}"
-        )
-    lines.append(data.summary())
+    lines += [*parts.summary(), data.summary()]
     if mesh.size > 1:
         placed = {"params": {"model": shapes}}
         lines.append("split parameters:\n" + rules.describe(placed, mesh, _rules(config), config["mesh"]["smallest"]))
@@ -363,7 +376,7 @@ Evaluate it: python eval.py --config=configs/eval_default.py --checkpoint={folde
 """
 
 
-def as_tokenizer(config: Mapping, parts: Recipe, state: TrainState) -> api.Tokenizer:
+def as_tokenizer(config: Mapping, parts: Trainable, state: TrainState) -> api.Tokenizer:
     """The run's EMA weights behind the public methods, in the run's compute precision."""
     name, fields = _model_fields(config)
     return api.Tokenizer(parts.model, {"params": state.ema, **state.model_state}, name, fields)

@@ -23,6 +23,7 @@ from .state import TrainState
 
 _ARRAY_ITEMS = ("params", "ema", "model_state", "optimizer", "adversary", "counters")
 _FOLDER = "checkpoints"
+_UNMEASURED = -1e9
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -32,8 +33,8 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {name: found[name] for name in _ARRAY_ITEMS if jax.tree.leaves(found[name])}
 
 
-def _psnr(metrics: Mapping[str, float]) -> float:
-    return metrics["psnr"]
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]
 
 
 class Checkpoints:
@@ -42,17 +43,17 @@ class Checkpoints:
     Args:
       run: folder of the run.
       keep_last: how many of the latest steps stay.
-      keep_best: how many of the best by held-out PSNR stay besides.
+      keep_best: how many of the best by their score on held-out data stay besides.
     """
 
     def __init__(self, run: str | pathlib.Path, keep_last: int = 2, keep_best: int = 1):
         self.folder = pathlib.Path(run).resolve() / _FOLDER
         kept = [policies.LatestN(n=keep_last)]
         if keep_best:
-            kept.append(policies.BestN(get_metric_fn=_psnr, n=keep_best, keep_checkpoints_without_metrics=False))
+            kept.append(policies.BestN(get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            best_fn=_psnr,  # without it the metrics of a step are not written
+            best_fn=_score,  # without it the metrics of a step are not written
             cleanup_tmp_directories=True,  # what a killed save has left
             enable_async_checkpointing=True,
         )
@@ -66,21 +67,22 @@ class Checkpoints:
         """All complete steps, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, data: Mapping, meta: Mapping, psnr: float | None = None) -> None:
+    def save(self, state: TrainState, data: Mapping, meta: Mapping, score: float | None = None) -> None:
         """Starts writing the state; returns as soon as the arrays are copied.
 
         Args:
           state: the run after ``state.step`` steps.
           data: position and fingerprint of the data, JSON.
           meta: what else a reader needs to know, JSON.
-          psnr: held-out PSNR of this state if it was measured, for keep-best.
+          score: of this state on held-out data if it was measured, for keep-best; more is better.
         """
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         arguments |= {"data": ocp.args.JsonSave(dict(data)), "meta": ocp.args.JsonSave(dict(meta))}
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(**arguments),
-            metrics={"psnr": 0.0 if psnr is None else float(psnr)},  # not measured: never better than a measured one
+            # Not measured: never better than a measured one.
+            metrics={"score": _UNMEASURED if score is None else float(score)},
             force=True,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from . import build, checkpoint, preview
 from . import config as configs
 from .log import RunLog
 from .state import TrainState
-from .step import Recipe, make_step
+from .step import Trainable, make_step
 
 _SHOWN = ("loss/generator", "psnr", "loss/discriminator", "seconds_per_step", "frames_per_second")
 
@@ -34,7 +35,7 @@ class _Run:
     mesh: jax.sharding.Mesh
     stop: multihost.StopRequest
     data: Pipeline
-    recipe: Recipe
+    recipe: Trainable
     checkpoints: checkpoint.Checkpoints
     log: RunLog
 
@@ -57,19 +58,19 @@ def run(config: Mapping, workdir: str | pathlib.Path) -> bool:
     mesh = meshes.from_config(config["mesh"])
     with jax.set_mesh(mesh), multihost.stop_on_signal() as stop:
         index, count = meshes.batch_share(mesh)
-        data = Pipeline(config["data"], seed=config["seed"], process_index=index, process_count=count)
+        data = build.data(config, index, count)
         recipe = build.recipe(config)
         build.check_batches(data.shapes, recipe, mesh)
         multihost.on_main(lambda: configs.claim_folder(folder, config))
         return _train(config, folder, mesh, stop, data, recipe)
 
 
-def _train(config, folder, mesh, stop, data: Pipeline, recipe: Recipe) -> bool:
+def _train(config, folder, mesh, stop, data: Pipeline, recipe: Trainable) -> bool:
     keep = config["checkpoint"]
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(checkpoint.Checkpoints(folder, keep["keep_last"], keep["keep_best"]))
         state, position = _first_state(config, recipe, mesh, data, checkpoints)
-        frozen = jax.device_put(dict(recipe.objective.frozen), meshes.replicated(mesh))
+        frozen = jax.device_put(dict(recipe.networks), meshes.replicated(mesh))
         log = RunLog(
             folder, position["batches"], config["steps"], config["log"], multihost.is_main(), position["frames"]
         )
@@ -77,7 +78,7 @@ def _train(config, folder, mesh, stop, data: Pipeline, recipe: Recipe) -> bool:
         if multihost.is_main():
             build.write_summary(folder, config, recipe, mesh, data, log.message)
         profiler = stack.enter_context(_Profiler(config["profile"], folder))
-        batches = stack.enter_context(contextlib.closing(_device_batches(data, mesh, position["batches"])))
+        batches = stack.enter_context(contextlib.closing(_device_batches(data, recipe, mesh, position["batches"])))
         everything = _Run(config, folder, mesh, stop, data, recipe, checkpoints, log)
         finished = _steps(everything, state, frozen, position, batches, profiler)
         checkpoints.wait()
@@ -106,27 +107,27 @@ def _steps(run: _Run, state: TrainState, frozen, position: Mapping, batches: Ite
     frames, best = position["frames"], list(position["best"])
     for step in range(position["batches"], last):
         profiler.before(step - position["batches"])
-        pixels = next(batches)
-        compiled = program(step, state, frozen, pixels)
-        state, metrics = compiled(state, frozen, pixels)
+        inputs = next(batches)
+        compiled = program(step, state, frozen, inputs)
+        state, metrics = compiled(state, frozen, inputs)
         done = step + 1
-        frames += pixels.shape[0] * pixels.shape[1]
+        frames += math.prod(inputs["pixels"].shape[:2])
         watch.add(done, metrics)
         log.progress(done)
         if log.due(done):
             values = watch.flush() | log.speed(done, frames)
             log.scalars(done, values | {"frames": frames, "unusable_files": run.data.skipped.count}, _SHOWN)
         ending = run.stop(done) or done == last
-        psnr, good = None, False
+        score, good = None, False
         if held_out is not None and (done == last or _due(done, config["evaluation"]["every"])):
             watch.flush()
-            psnr = _evaluate(log, done, held_out, state)
-            best = sorted([*best, psnr], reverse=True)[: config["checkpoint"]["keep_best"]]
-            good = psnr in best
+            score = _evaluate(log, done, held_out, state)
+            best = sorted([*best, score], reverse=True)[: config["checkpoint"]["keep_best"]]
+            good = score in best
         if ending or good or _due(done, config["checkpoint"]["every"]):
             watch.flush()
             where = {"batches": done, "frames": frames, "best": best, "fingerprint": run.data.fingerprint}
-            run.checkpoints.save(state, where, {"model": config["model"]}, psnr)
+            run.checkpoints.save(state, where, {"model": config["model"]}, score)
         if ending and done < last:
             run.checkpoints.wait()
             log.message(f"asked to stop: saved step {done}; the same command goes on from there.")
@@ -134,9 +135,9 @@ def _steps(run: _Run, state: TrainState, frozen, position: Mapping, batches: Ite
     return True
 
 
-def _held_out(run: _Run) -> preview.HeldOut | None:
+def _held_out(run: _Run) -> build.HeldOut | None:
     if preview.has_held_out(run.config["data"]) or run.config["evaluation"]["final_report"]:
-        return preview.HeldOut(run.config, run.recipe, run.mesh)
+        return build.held_out(run.config, run.recipe, run.mesh)
     run.log.message("config.data.held_out is empty: nothing is measured while training")
     return None
 
@@ -145,43 +146,43 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _evaluate(log: RunLog, step: int, held_out: preview.HeldOut, state: TrainState) -> float:
+def _evaluate(log: RunLog, step: int, held_out: build.HeldOut, state: TrainState) -> float:
     with log.untimed():
-        scores, pictures, clips = held_out(state)
+        score, scores, pictures, clips = held_out(state)
         log.scalars(step, scores, tuple(scores))
         log.media(step, pictures, clips)
-    return scores["held_out/psnr"]
+    return score
 
 
-def _device_batches(data: Pipeline, mesh, start: int) -> Iterator[jax.Array]:
-    """Batches on the devices, one ahead of the step that uses it; closing it ends the processes that decode."""
+def _device_batches(data: Pipeline, recipe: Trainable, mesh, start: int) -> Iterator[dict[str, jax.Array]]:
+    """What steps read of batches, on the devices, one ahead; closing it ends the processes that decode."""
     ready: collections.deque = collections.deque()
     with data.batches(start=start) as batches:
         for batch in batches:
-            ready.append(meshes.global_batch(mesh, np.ascontiguousarray(batch["pixels"])))
+            inputs = recipe.inputs(batch)
+            ready.append({name: meshes.global_batch(mesh, array) for name, array in inputs.items()})
             if len(ready) > 1:
                 yield ready.popleft()
 
 
 class _Programs:
-    """The compiled step of every batch shape, with and without the discriminator, compiled when it is first needed."""
+    """The compiled step of every shape of batches and program of the recipe, compiled when it is first needed."""
 
     def __init__(self, run: _Run, state: TrainState):
         self._run, self._compiled = run, {}
         self._placed = build.out_shardings(state, run.mesh)
 
-    def __call__(self, step: int, state: TrainState, frozen, pixels: jax.Array):
+    def __call__(self, step: int, state: TrainState, frozen, inputs: Mapping[str, jax.Array]):
         recipe = self._run.recipe.at(step)
-        key = (pixels.shape, recipe.adversary is not None and recipe.adversary.runs, recipe.draws)
+        shapes = tuple((name, array.shape) for name, array in sorted(inputs.items()))
+        key = shapes, recipe.program
         if key not in self._compiled:
             began = time.perf_counter()
             with self._run.log.untimed():
                 program = platform.jit(make_step(recipe), donate_argnums=0, out_shardings=self._placed)
-                self._compiled[key] = program.lower(state, frozen, pixels).compile()
+                self._compiled[key] = program.lower(state, frozen, inputs).compile()
             seconds = time.perf_counter() - began
-            what = f"{pixels.shape}{', with the discriminator,' if key[1] else ''}"
-            if recipe.equivariance is not None:
-                what += f" and {recipe.draws[0]}"
+            what = ", ".join([*(f"{name} {shape}" for name, shape in shapes), *recipe.told()])
             self._run.log.message(build.compile_message(self._compiled[key], what, seconds, self._run.mesh))
         return self._compiled[key]
 

@@ -12,8 +12,9 @@ from .. import pixels as pixel_values
 from ..data.pipeline import Pipeline
 from ..parallel import mesh as meshes
 from ..parallel import platform
+from .autoencoder import apply_to_clips
 from .state import TrainState
-from .step import Recipe, apply_to_clips
+from .step import Trainable
 
 
 def has_held_out(data: Mapping) -> bool:
@@ -32,7 +33,7 @@ class HeldOut:
       mesh: devices.
     """
 
-    def __init__(self, config: Mapping, recipe: Recipe, mesh):
+    def __init__(self, config: Mapping, recipe: Trainable, mesh):
         index, count = meshes.batch_share(mesh)
         self._data = Pipeline(
             config["data"], seed=config["seed"], split="held_out", process_index=index, process_count=count
@@ -53,8 +54,10 @@ class HeldOut:
         # Every process scores every item of the global batch, whoever has loaded it.
         self._reconstruct = platform.jit(reconstruct, out_shardings=meshes.replicated(mesh))
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """(scores, pictures by name, clips by name): ``held_out/psnr`` is the mean over streams.
+    def __call__(
+        self, state: TrainState
+    ) -> tuple[float, dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(score, scores, pictures by name, clips by name); the score is the PSNR, mean over streams.
 
         Pictures are uint8 ``(H, W, 3)`` with input above reconstruction; clips uint8 ``(T, H, W, 3)`` likewise.
         """
@@ -71,7 +74,8 @@ class HeldOut:
                 if both.shape[1] > 1:
                     clips[name] = np.concatenate(list(both), axis=2)
         means = {f"held_out/{name}_psnr": float(np.mean(values)) for name, values in scores.items() if values}
-        return {"held_out/psnr": float(np.mean(list(means.values()))), **means}, pictures, clips
+        score = float(np.mean(list(means.values())))
+        return score, {"held_out/psnr": score, **means}, pictures, clips
 
     def _items(self) -> list[tuple[str, jax.Array, jax.Array]]:
         """(stream, pixels, whether each row counts) of the batches that hold the first items of each stream."""

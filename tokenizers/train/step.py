@@ -1,0 +1,91 @@
+"""One training step of any recipe, as one pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from .objective import Metrics
+from .state import TrainState
+
+
+class Trainable(Protocol):
+    """What the loop asks of a recipe: all that a step needs to know and that never changes during a run.
+
+    Attributes:
+      model: the network.
+      seed: of the run.
+      accumulate: micro-batches per step.
+      learning_rate: of the optimizer, by its updates.
+      networks: variables of frozen networks by name; an argument of the jitted step, not constants in it.
+      program: hashable; recipes of two steps that differ in it are different programs.
+    """
+
+    model: nn.Module
+    seed: int
+    accumulate: int
+    learning_rate: optax.Schedule
+
+    @property
+    def networks(self) -> Mapping[str, Any]: ...
+
+    @property
+    def program(self) -> Any: ...
+
+    def initialize(self) -> TrainState:
+        """The state before the first step; runs under jit."""
+
+    def summary(self) -> list[str]:
+        """Lines for the start of the run."""
+
+    def told(self) -> list[str]:
+        """What to say of this program, beside the shapes of its inputs."""
+
+    def at(self, step: int) -> Trainable:
+        """The recipe of the program for that step."""
+
+    def inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Of a batch of this process, the arrays that a step reads; the first axis is that of the batch."""
+
+    def inputs_of(self, shape: tuple[int, ...]) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """`inputs` of a global batch whose pixels have that shape."""
+
+    def update(
+        self, state: TrainState, networks: Mapping[str, Any], inputs: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """The state after one step, but for its counters, and metrics.
+
+        Of these, ``loss/...`` and ``grad_norm/...`` must be finite for the step to count.
+        """
+
+
+def make_step(recipe: Trainable) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+    """``step(state, networks, inputs) -> (state, metrics)``.
+
+    A step whose loss or gradient is not finite changes nothing but the counters.
+    """
+
+    def step(state: TrainState, networks, inputs):
+        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+        new, metrics = recipe.update(state, networks, inputs, key)
+        watched = [value for name, value in metrics.items() if name.startswith(("loss/", "grad_norm/"))]
+        finite = jnp.all(jnp.isfinite(jnp.stack(watched)))
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        new = new.replace(
+            step=state.step + 1,
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        metrics |= {
+            "skipped": new.skipped,
+            "skipped_in_a_row": new.skipped_in_a_row,
+            "learning_rate": recipe.learning_rate(state.step - state.skipped),  # the optimizer counts its updates
+        }
+        return new, metrics
+
+    return step
