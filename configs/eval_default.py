@@ -37,6 +37,18 @@ def get_config(arg=None):
     )
     # Files of the frozen networks; empty = looked for in $TOKENIZERS_WEIGHTS.
     config.weights = ConfigDict({"lpips": "", "inception": "", "i3d": ""})
+    # Of the metrics zero_shot, retrieval, linear_probe and knn (tokenizers/evaluate/understanding.py).
+    config.understanding = ConfigDict()
+    config.understanding.class_names = ""  # a file with a name per line; "" = those of the data
+    config.understanding.templates = ()  # sentences with {} for a name; () = seven of OpenAI's
+    config.understanding.training = ""  # labelled data to learn from; "" = what is not held out
+    config.understanding.training_items = 50_000  # at most; 0 = all
+    config.understanding.blocks = (1, 4)  # last blocks that a linear probe reads
+    config.understanding.epochs = 10
+    config.understanding.batch_size = 256
+    config.understanding.learning_rates = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+    config.understanding.neighbours = 20
+    config.understanding.temperature = 0.07
     config.baseline_items = 64  # items per stream for bicubic, JPEG, WebP; 0 = none, -1 = all
     config.preview_items = 8
     # Data of its own, all of it evaluated; with source and path empty, the held-out data of the run.

@@ -35,7 +35,7 @@ def accepted_arguments(name):
 
 
 TRAINING = [
-    (name, argument) for name in NAMES if name != "eval_default" for argument in (None, *accepted_arguments(name))
+    (name, argument) for name in NAMES if not name.startswith("eval_") for argument in (None, *accepted_arguments(name))
 ]
 # The weights of what judges reconstructions and latents are files.
 WITHOUT_FILES = {

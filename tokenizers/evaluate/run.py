@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 from ..errors import pick, unknown
 from ..parallel import mesh as meshes
 from ..parallel import multihost
-from . import baselines, codebook, features, pixel_metrics, report
+from . import baselines, codebook, features, pixel_metrics, reading, report
 from .collect import Stream, comparison, summarize
 from .pictures import Sample
 from .protocols import PROTOCOLS, Protocol
+from .understanding import Setup
 
 METRICS = (
     "psnr",
@@ -35,8 +36,10 @@ METRICS = (
     "latents",
     "throughput",
 )
+ACCEPTED = (*METRICS, *reading.METRICS)
 CODECS = ("jpeg", "webp", "h264")
 _BASELINE_COLUMNS = ("psnr", "ssim", "bits_per_pixel", "over_budget")
+_NAME_BYTES = 120  # of a path, whose end says most
 _SSIM_SIDE = 11  # pixels that the wider of the two windows needs
 
 
@@ -51,6 +54,7 @@ def evaluate(
     weights: Mapping[str, str] | None = None,
     baseline_items: int | None = 64,
     preview_items: int = 8,
+    understanding: Setup | None = None,
     training_log: str | pathlib.Path | None = None,
     title: str = "Tokenizer evaluation",
 ) -> dict[str, Any]:
@@ -61,17 +65,19 @@ def evaluate(
         own methods, once per shape.
       batches: ``{"pixels": uint8 (B, T, H, W, 3) or (B, H, W, 3), "valid": bool (B,), "stream": name}``; a picture is
         one frame. ``valid`` may be absent, and is False for rows that only fill a batch; ``name`` (one text per row)
-        goes into ``items.csv``. With several processes each brings its contiguous part of every global batch, all of
-        one size, and all bring the same number of batches.
+        goes into ``items.csv``; ``label`` (integers, -1 for none) and ``caption`` are for understanding. With several
+        processes each brings its contiguous part of every global batch, all of one size, and all bring the same number
+        of batches.
       out_dir: folder for ``metrics.json``, ``items.csv``, ``preview.png``, ``reconstruction.mp4`` and ``report.html``;
         ``None`` writes nothing.
       protocol: name in `PROTOCOLS`, or a `Protocol`.
-      metrics: of `METRICS`.
+      metrics: of `METRICS`, and of `reading.METRICS` for understanding.
       mesh: devices to spread batches (and, through ``tokenizer.shard``, parameters) over.
       weights: files of the frozen networks, keys ``lpips``, ``inception``, ``i3d``; others are looked for in
         ``$TOKENIZERS_WEIGHTS``.
       baseline_items: how many of the first items of every stream the baselines code; ``None`` for all, 0 for none.
       preview_items: items per stream that are shown.
+      understanding: names of the classes, data to learn from, and how.
       training_log: a run's ``metrics.jsonl``, for its loss curve.
       title: heading of the report.
 
@@ -83,11 +89,12 @@ def evaluate(
         protocol = pick("protocol", protocol, dict(PROTOCOLS))
     metrics = tuple(metrics)
     for name in metrics:
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
+        if name not in ACCEPTED:
+            raise unknown("metric", name, ACCEPTED)
     if mesh is None and jax.process_count() > 1:
         raise ValueError(f"an evaluation over {jax.process_count()} processes needs a mesh.")
-    loop = _Loop(tokenizer, protocol, metrics, mesh, weights or {}, baseline_items, preview_items)
+    setup = understanding or Setup()
+    loop = _Loop(tokenizer, protocol, metrics, mesh, weights or {}, baseline_items, preview_items, setup)
     for batch in batches:
         loop.add(batch)
     results = loop.results()
@@ -100,34 +107,31 @@ def evaluate(
 class _Loop:
     """The state of one evaluation: streams, compiled functions, pictures kept for the report."""
 
-    def __init__(self, tokenizer, protocol, metrics, mesh, weights, baseline_items, preview_items):
+    def __init__(self, tokenizer, protocol, metrics, mesh, weights, baseline_items, preview_items, setup):
         self._tokenizer = tokenizer if mesh is None else tokenizer.shard(mesh)
         self._protocol, self._metrics, self._mesh = protocol, metrics, mesh
         self._networks = features.Networks(protocol, metrics, weights, mesh)
+        self._reader, self._setup = reading.Reader(self._tokenizer, metrics, setup), setup
         self._baseline_items, self._preview_items = baseline_items, preview_items
         self._warm: set[tuple] = set()
         self._seen: dict[str, int] = {}
         self._kept: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
         self._grids: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._rows: dict[tuple[str, int], dict[str, float]] = {}
+        self._read: dict[str, reading.Read] = {}
         self.streams: dict[str, Stream] = {}
 
     def add(self, batch: Mapping[str, Any]) -> None:
-        pixels = np.asarray(batch["pixels"])
-        if pixels.dtype != np.uint8 or pixels.ndim not in (4, 5):
-            raise ValueError(
-                f"batches hold uint8 pixels (B, T, H, W, C) or (B, H, W, C), got {pixels.dtype} {pixels.shape}."
-            )
-        pixels = pixels if pixels.ndim == 5 else pixels[:, None]
-        valid = np.asarray(batch.get("valid", np.ones(len(pixels), bool)), bool)
+        pixels, valid = _checked(batch)
         name = batch.get("stream", "images" if pixels.shape[1] == 1 else "clips")
         stream = self.streams.setdefault(name, Stream())
         # Position in the data, the same however many processes share it.
         first = self._seen.get(name, 0)
         self._seen[name] = first + len(pixels) * jax.process_count()
         items = np.arange(len(pixels), dtype=np.int32) + first + jax.process_index() * len(pixels)
-        names = _as_bytes(batch.get("name", [""] * len(pixels)))
-        pixels, valid, items, names = self._fill(pixels, valid, items, names)
+        names = reading.texts_as_bytes(batch.get("name", [""] * len(pixels)), _NAME_BYTES, end=True)
+        given = self._reader.given(batch)
+        pixels, valid, items, names, *rest = self._fill(pixels, valid, items, names, *given.values())
 
         shape = pixels.shape[1:4]
         stream.shapes.add(tuple(map(int, shape)))
@@ -140,6 +144,8 @@ class _Loop:
             arrays["indices"] = encoding.indices
         if len(self._kept.setdefault(name, [])) < self._preview_items:
             arrays["pictures"] = (reference, reconstruction)
+        given = {key: self._place(array) for key, array in zip(given, rest, strict=True)}
+        arrays["read"] = given | self._understand(reference, encoding.latents, "label" in given)
         tokens = encoding.latents[..., 0] if encoding.indices is None else encoding.indices
         self._grids[shape] = tuple(tokens.shape[1:])
 
@@ -160,7 +166,7 @@ class _Loop:
 
     def _reconstruct(self, stream: Stream, reference: jax.Array):
         # One frame goes in as a picture: the tokenizer decides what that is to it.
-        taken = reference[:, 0] if reference.shape[1] == 1 else reference
+        taken = _as_pictures(reference)
         frames = reference.shape[0] * reference.shape[1]
         if reference.shape not in self._warm and "throughput" in self._metrics:
             self._warm.add(reference.shape)
@@ -188,6 +194,26 @@ class _Loop:
         stream.reasons |= reasons
         return found
 
+    def _understand(self, reference: jax.Array, latents: jax.Array, labelled: bool) -> dict[str, jax.Array]:
+        return self._reader(_as_pictures(reference), latents, labelled)
+
+    def _learn_from(self, name: str) -> reading.Read | None:
+        """What is read of the training data of a stream, if something learns from it."""
+        if self._setup.training is None or not self._reader.learns or "label" not in self._read[name]:
+            return None
+        found = reading.Read()
+        for batch in self._setup.training(name):
+            pixels, valid = _checked(batch)
+            given = self._reader.given(batch)
+            pixels, valid, *rest = self._fill(pixels, valid, *given.values())
+            reference = self._place(pixels)
+            latents = self._tokenizer.encode(_as_pictures(reference)).latents
+            arrays = {key: self._place(array) for key, array in zip(("valid", *given), (valid, *rest), strict=True)}
+            arrays = multihost.gather(arrays | self._understand(reference, latents, "label" in given))
+            counted = arrays.pop("valid").astype(bool)
+            found.add({key: array[counted] for key, array in arrays.items()})
+        return found
+
     def _context(self):
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
@@ -202,11 +228,12 @@ class _Loop:
         for row in np.flatnonzero(valid):
             item = int(items[row])
             numbers = {key: float(values[row]) for key, values in table.items()}
-            self._rows[name, item] = {"item": item, "name": _as_text(names[row])} | same | numbers
+            self._rows[name, item] = {"item": item, "name": reading.bytes_as_text(names[row])} | same | numbers
             stream.rows.append(self._rows[name, item])
             if "pictures" in found:
                 reference, reconstruction = (pictures[row] for pictures in found["pictures"])
                 self._kept[name].append((item, reference, _to_uint8(reconstruction)))
+        self._read.setdefault(name, reading.Read()).add({key: rows[valid] for key, rows in found["read"].items()})
         if "indices" in found:
             stream.add_codes(found["indices"][valid], spec.codebook_size)
         stream.add_latents(tokens, {key: value[valid] for key, value in found["latents"].items()})
@@ -265,9 +292,13 @@ class _Loop:
         for stream in self.streams.values():
             stream.rows.sort(key=lambda row: row["item"])
         spec = self._tokenizer.spec
+        understood = {name: self._understood(name) for name in self.streams}
         streams = {name: summarize(s, self._protocol, self._metrics) for name, s in self.streams.items()}
         everything = functools.reduce(Stream.merge, self.streams.values()) if self.streams else Stream()
         overall = summarize(everything, self._protocol, self._metrics)
+        for name, found in understood.items():
+            streams[name] |= found
+            overall |= found if len(streams) == 1 else {}
         return {
             "protocol": {"name": self._protocol.name, "source": self._protocol.source, "note": self._protocol.note},
             "tokenizer": {
@@ -282,6 +313,11 @@ class _Loop:
             "notes": self._notes(),
             "devices": f"{1 if self._mesh is None else self._mesh.size} x {jax.devices()[0].device_kind}",
         }
+
+    def _understood(self, name: str) -> dict[str, Any]:
+        if not self._reader.metrics:
+            return {}
+        return reading.score(self._reader, self._setup, self._read[name], self._learn_from(name), self._mesh)
 
     def _notes(self) -> list[str]:
         notes = []
@@ -299,25 +335,27 @@ def _codecs(frames: int) -> tuple[str, ...]:
     return tuple(name for name in CODECS if name != "h264" or clip)
 
 
+def _checked(batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels ``(B, T, H, W, C)`` of a batch, and whether each row counts."""
+    pixels = np.asarray(batch["pixels"])
+    if pixels.dtype != np.uint8 or pixels.ndim not in (4, 5):
+        raise ValueError(
+            f"batches hold uint8 pixels (B, T, H, W, C) or (B, H, W, C), got {pixels.dtype} {pixels.shape}."
+        )
+    valid = np.asarray(batch.get("valid", np.ones(len(pixels), bool)), bool)
+    return pixels if pixels.ndim == 5 else pixels[:, None], valid
+
+
+def _as_pictures(clips: jax.Array) -> jax.Array:
+    return clips[:, 0] if clips.shape[1] == 1 else clips
+
+
 def _timed(total: list[float], frames: int, call):
     start = time.perf_counter()
     result = jax.block_until_ready(call())
     total[0] += frames
     total[1] += time.perf_counter() - start
     return result
-
-
-_NAME_BYTES = 120
-
-
-def _as_bytes(names: Iterable[str]) -> np.ndarray:
-    # Texts as an array (n, _NAME_BYTES), so that they are gathered like everything else; the end of a path says most.
-    encoded = [str(name).encode()[-_NAME_BYTES:].ljust(_NAME_BYTES, b"\0") for name in names]
-    return np.frombuffer(b"".join(encoded), np.uint8).reshape(-1, _NAME_BYTES)
-
-
-def _as_text(name: np.ndarray) -> str:
-    return name.tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def _to_uint8(pixels: np.ndarray) -> np.ndarray:

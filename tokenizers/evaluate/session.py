@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from ..parallel import mesh as meshes
 from ..parallel import multihost, platform
 from . import report
 from .run import evaluate
+from .understanding import TEMPLATES, Setup
 
 
 def evaluate_checkpoint(
@@ -40,7 +42,8 @@ def evaluate_checkpoint(
     dtype = platform.compute_dtype(config["precision"])
     tokenizer = loading.load(source, model=name, step=step, **fields).cast(dtype)
     folder = pathlib.Path(out).expanduser() if out else _default_folder(source)
-    with _data(source, config).batches() as batches:
+    data = _data(source, config)
+    with data.batches() as batches:
         results = evaluate(
             tokenizer,
             batches,
@@ -51,6 +54,7 @@ def evaluate_checkpoint(
             weights={key: path for key, path in config["weights"].items() if path},
             baseline_items=None if config["baseline_items"] < 0 else config["baseline_items"],
             preview_items=config["preview_items"],
+            understanding=_understanding(source, config, data.classes),
             training_log=source / "metrics.jsonl" if (source / "metrics.jsonl").is_file() else None,
             title=f"Evaluation of {source.name}",
         )
@@ -68,10 +72,20 @@ def _default_folder(source: pathlib.Path) -> pathlib.Path:
 
 def _data(source: pathlib.Path, config: Mapping[str, Any]) -> Pipeline:
     """All of the config's own data (or what its ``held_out`` says), or the held-out split of the run."""
-    place = {"process_index": jax.process_index(), "process_count": jax.process_count(), "split": "held_out"}
+    data, seed, _ = _described(source, config)
+    return _pipeline(data, seed, "held_out")
+
+
+def _pipeline(data: Mapping[str, Any], seed: int, split: str) -> Pipeline:
+    return Pipeline(data, seed=seed, split=split, process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def _described(source: pathlib.Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], int, bool]:
+    """(data config, its seed, whether it has items besides the held-out ones)."""
     data = config["data"]
     if data["source"] or data["path"]:
-        return Pipeline({**data, "held_out": data["held_out"] or data["path"]}, seed=0, **place)
+        separate = bool(data["held_out"]) or not data["path"]
+        return {**data, "held_out": data["held_out"] or data["path"]}, 0, separate
     saved = source / "config.json"
     if not saved.is_file():
         raise ValueError(
@@ -79,4 +93,28 @@ def _data(source: pathlib.Path, config: Mapping[str, Any]) -> Pipeline:
             "set --config.data.path=<folder> or --config.data.source=embedded."
         )
     run = json.loads(saved.read_text())
-    return Pipeline(run["data"], seed=run["seed"], **place)
+    return {**run["data"], "labels": data["labels"] or run["data"].get("labels", False)}, run["seed"], True
+
+
+def _understanding(source: pathlib.Path, config: Mapping[str, Any], classes: tuple[str, ...]) -> Setup:
+    given = dict(config["understanding"])
+    names, place, limit = (given.pop(key) for key in ("class_names", "training", "training_items"))
+    if names:
+        classes = tuple(line for line in pathlib.Path(names).expanduser().read_text().splitlines() if line)
+    data, seed, separate = _described(source, config)
+    if place:
+        data = {**data, "source": "", "path": place, "sources": {}, "held_out": ""}
+
+    def training(stream: str) -> Iterator[dict[str, Any]]:
+        own = {**data, "streams": {stream: data["streams"][stream]}}
+        every = _pipeline(own, seed, "once")
+        size = every.shapes[0][1][0]
+        if limit and limit < every.num_batches * size:
+            # Some of them, of all classes: folders come in order.
+            every = _pipeline({**own, "crop": "center", "zoom": (1.0, 1.0), "flip": False}, seed, "train")
+        with every.batches() as batches:
+            yield from itertools.islice(batches, -(-limit // size) if limit else None)
+
+    templates = tuple(given.pop("templates")) or TEMPLATES
+    given = {key: tuple(value) if isinstance(value, (tuple, list)) else value for key, value in given.items()}
+    return Setup(classes, templates, training if separate or place else None, **given)
