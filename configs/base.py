@@ -102,6 +102,49 @@ def data(**changes) -> ConfigDict:
     return config
 
 
+def get_pretraining_base() -> ConfigDict:
+    """`get_base` for models that understand (tokenizers/train/pretraining.py), with VTP's objectives and weights.
+
+    VTP is https://arxiv.org/abs/2512.13687; what it leaves open is ours, mostly after DINOv2
+    (https://arxiv.org/abs/2304.07193) and OpenCLIP.
+    """
+    config = get_base()
+    config.unlock()
+    config.recipe = "pretraining"
+    config.loss.reconstruction = "l1_imagenet"  # VTP: L1; of which values is open
+    config.loss.perceptual = "lpips_vgg"  # VTP: "a perceptual loss"
+    part = config.pretraining = ConfigDict()
+    # VTP, section 3: all pairs of a batch, 16k of them. loss: clip, siglip
+    part.contrast = ConfigDict({"weight": 1.0, "loss": "clip", "drop": 0.0})
+    part.contrast.scales = (1.0, 100.0)  # the factor of similarities stays between; OpenCLIP
+    # VTP, section 3: 2k images of the 16k; a small weight, for the sake of generation.
+    part.reconstruction = ConfigDict({"weight": 0.1, "every": 8, "drop": 0.0})
+    ssl = part.distillation = ConfigDict()
+    ssl.weight = 1.0  # VTP, section 3
+    ssl.every = 4  # VTP, section 3: 4k images of the 16k
+    ssl.targets = "sinkhorn"  # open; DINOv2's: sinkhorn, centering
+    ssl.student_temperature = 0.1  # open; DINOv2
+    ssl.teacher_temperature = schedule(kind="piecewise", points=((0, 0.04), (30_000, 0.07)))  # open; DINOv2: 30 epochs
+    ssl.momentum = schedule(kind="cosine", start=0.994, end=1.0, steps=100_000)  # open; DINOv2's ViT-L
+    ssl.koleo = 0.0  # not named in VTP; DINOv2: 0.1
+    ssl.frozen = 0  # steps in which the prototypes stay; open; DINOv2: the first epoch
+    ssl.drop = 0.0  # open; the authors' code has a rate of its own for each objective
+    ssl.head = ConfigDict({"prototypes": 65_536, "hidden": 2_048, "bottleneck": 256, "layers": 3})  # open; DINOv2
+    # Two views of an image that the teacher sees as well. Sizes and colours are open; DINOv2's.
+    colours = {"ratio": (3 / 4, 4 / 3), "flip": 0.5, "jitter": 0.8, "strength": (0.4, 0.4, 0.2, 0.1), "gray": 0.2}
+    colours["sigma"] = (0.1, 2.0)
+    ssl.whole = ConfigDict({"size": 224, "scale": (0.32, 1.0), **colours, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)})
+    ssl.parts = ConfigDict({"size": 96, "scale": (0.05, 0.32), **colours, "blur": (0.5,), "solarize": (0.0,)})
+    ssl.parts.count = 8
+    # Of a group of views, a share is masked, by ratios from the smallest to the largest. Open; DINOv2's.
+    ssl.masks = ConfigDict({"group": 16, "share": 0.5, "ratios": (0.1, 0.5), "aspect": 0.3, "smallest": 4})
+    config.lock()
+    schedules = (config.schedules.loss, config.schedules.model)
+    for free in (config.model, config.loss.bottleneck, config.data.streams, config.data.sources, *schedules):
+        free.unlock()
+    return config
+
+
 def get_base() -> ConfigDict:
     """A config with every field that train.py reads, except the fields of the model."""
     config = ConfigDict()

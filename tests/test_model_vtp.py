@@ -150,8 +150,8 @@ def test_a_block_with_every_option_is_the_official_one():
 
     class One(vtp.nn.Module):
         @vtp.nn.compact
-        def __call__(self, x, grid):
-            return blocks.run(x, grid)[0]
+        def __call__(self, x, grid, keep=None):
+            return blocks.run(x, grid, keep)[0]
 
     weights = {f"trunk.blocks.0.{key}": value for key, value in case.weights().items()}
     for (h, w), key in zip(case.meta["run"]["hw"], ("global", "local"), strict=True):
@@ -160,6 +160,12 @@ def test_a_block_with_every_option_is_the_official_one():
         params = engine.to_tree(conversion.TABLE, {"params": {"trunk": shapes}}, weights)["params"]["trunk"]
         found = jax.jit(functools.partial(One().apply, grid=(h, w)))({"params": params}, x)
         assert relative_l2(found, case.outputs[f"y_{key}"]) < OUTPUT
+        # Stochastic depth: the residuals of some items alone, the attention's and the MLP's drawn apart.
+        keep = np.zeros((1, 2, len(x)), bool)
+        for branch, part in enumerate(("attn", "mlp")):
+            keep[0, branch, case.input(f"keep_{part}_{key}")] = True
+        found = jax.jit(functools.partial(One().apply, grid=(h, w)))({"params": params}, x, keep=keep)
+        assert relative_l2(found, case.outputs[f"y_{key}_drop"]) < OUTPUT
 
 
 def test_weights_go_back_under_their_official_names_and_old_ones_are_read():

@@ -54,6 +54,15 @@ def l2(prediction: Array, target: Array) -> Array:
     return jnp.mean(squared_error(prediction, target))
 
 
+# Standard deviations of ImageNet's colours, of values in [0, 1].
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def l1_imagenet(prediction: Array, target: Array) -> Array:
+    """Mean absolute error of ImageNet-normalized colours: images ``(..., 3)`` in [-1, 1] -> float32 scalar (VTP)."""
+    return jnp.mean(absolute_error(prediction, target) / (2 * jnp.asarray(IMAGENET_STD)))
+
+
 def charbonnier(prediction: Array, target: Array, eps: float = 1e-3) -> Array:
     """Mean Charbonnier error: arrays of one shape -> float32 scalar."""
     return jnp.mean(charbonnier_error(prediction, target, eps))
@@ -68,7 +77,7 @@ PIXEL_ERROR: Mapping[str, Loss] = MappingProxyType(
     {"l1": absolute_error, "l2": squared_error, "charbonnier": charbonnier_error, "smooth_l1": smooth_l1_error}
 )
 RECONSTRUCTION: Mapping[str, Loss] = MappingProxyType(
-    {"l1": l1, "l2": l2, "charbonnier": charbonnier, "smooth_l1": smooth_l1}
+    {"l1": l1, "l2": l2, "l1_imagenet": l1_imagenet, "charbonnier": charbonnier, "smooth_l1": smooth_l1}
 )
 
 

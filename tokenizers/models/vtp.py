@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import pick
 from ..nn.attention import Attention
-from ..nn.blocks import MLP, SwiGLU, TransformerBlock
+from ..nn.blocks import MLP, SwiGLU, TransformerBlock, survivors
 from ..nn.norm import LayerNorm, RMSNorm
 from ..nn.resample import depth_to_space, space_to_depth
 from ..nn.scan import scan_layers
@@ -141,8 +141,11 @@ class Blocks:
     remat: str
     dtype: Any
 
-    def run(self, x: Array, grid: tuple[int, int]) -> tuple[Array, Array]:
-        """``(b n c)``, the patches of a grid last, -> the same, and what every layer gave. In a compact method."""
+    def run(self, x: Array, grid: tuple[int, int], keep: Array | None = None) -> tuple[Array, Array]:
+        """``(b n c)``, the patches of a grid last, -> the same, and what every layer gave. In a compact method.
+
+        ``keep`` ``(layers, 2, b)`` are `survivors` of stochastic depth.
+        """
         width, depth, heads = self.size
         sines, cosines = rotary_table(grid, width // heads, dtype=self.rotation)
         layer = TransformerBlock(
@@ -161,7 +164,8 @@ class Blocks:
         )
         rotate = functools.partial(_turn, sines=sines, cosines=cosines, dtype=self.rotation)
         x = constrain(x.astype(self.dtype), "batch", None, None)
-        return scan_layers(layer, depth, x, remat=self.remat, collect=True, rotate=rotate)
+        each = {} if keep is None else {"keep": keep}
+        return scan_layers(layer, depth, x, each=each, remat=self.remat, collect=True, rotate=rotate)
 
 
 class Trunk(nn.Module):
@@ -171,10 +175,11 @@ class Trunk(nn.Module):
     patch: int
 
     @nn.compact
-    def __call__(self, images: Array, masks: Array | None = None) -> tuple[Array, Array]:
+    def __call__(self, images: Array, masks: Array | None = None, drop: float = 0.0) -> tuple[Array, Array]:
         """Normalized images ``(b h w 3)`` -> tokens ``(b 1+n c)``, class token first, and those of every layer.
 
-        ``masks`` ``(b n)``, true where a patch is replaced by the mask token, are of training (iBOT).
+        For training: ``masks`` ``(b n)``, true where a patch is replaced by the mask token (iBOT), and the rate
+        ``drop`` of stochastic depth (rng stream ``dropout``).
         """
         width, dtype = self.blocks.size[0], self.blocks.dtype
         x = space_to_depth(images.astype(dtype), (self.patch, self.patch))
@@ -187,7 +192,8 @@ class Trunk(nn.Module):
         if masks is not None:
             x = jnp.where(masks[..., None], mask_token.astype(x.dtype), x)
         x = jnp.concatenate([jnp.broadcast_to(first, (batch, 1, width)).astype(x.dtype), x], axis=1)
-        return self.blocks.run(x, tuple(grid))
+        keep = survivors(self.make_rng("dropout"), self.blocks.size[1], batch, drop) if drop else None
+        return self.blocks.run(x, tuple(grid), keep)
 
 
 def _uniform(key: Array, shape: tuple[int, ...], dtype: Any, bound: float) -> Array:
@@ -320,7 +326,13 @@ class Model(nn.Module):
     # What it understands.
 
     def features(
-        self, pixels: Array, layers: Sequence[int] = (-1,), bottleneck: bool = False, norm: bool = True
+        self,
+        pixels: Array,
+        layers: Sequence[int] = (-1,),
+        bottleneck: bool = False,
+        norm: bool = True,
+        masks: Array | None = None,
+        drop: float = 0.0,
     ) -> list[tuple[Array, Array]]:
         """Class token ``(b c)`` and patch tokens ``(b h w c)`` behind layers, float32.
 
@@ -329,18 +341,20 @@ class Model(nn.Module):
           layers: numbers of layers, from 0, or from -1 at the end.
           bottleneck: tokens as they are where latents leave, ``latent_channels`` of them.
           norm: whether each passes the final norm.
+          masks, drop: of training, see `Trunk`; masks are ``(b h/16 w/16)`` or flat.
         """
         pixels = constrain(pixels, "batch", "height", "width", "channel")
         if pixels.shape[1] % self.patch or pixels.shape[2] % self.patch:
             raise ValueError(f"height and width must be multiples of {self.patch}; got pixels of shape {pixels.shape}.")
         images = ((pixels.astype(jnp.float32) + 1) / 2 - MEAN) / STD
-        _, every = self.trunk(images)
+        last, every = self.trunk(images, None if masks is None else masks.reshape(len(masks), -1), drop)
         grid = pixels.shape[1] // self.patch, pixels.shape[2] // self.patch
         found = []
         for layer in layers:
             if not -every.shape[0] <= layer < every.shape[0]:
                 raise ValueError(f"layers={tuple(layers)}: this encoder has {every.shape[0]} layers.")
-            tokens = self.trunk_norm(every[layer]) if norm else every[layer]
+            tokens = last if layer in (-1, every.shape[0] - 1) else every[layer]  # not kept unless they are read
+            tokens = self.trunk_norm(tokens) if norm else tokens
             tokens = (self._narrow(tokens) if bottleneck else tokens).astype(jnp.float32)
             found.append((tokens[:, 0], tokens[:, 1:].reshape(tokens.shape[0], *grid, -1)))
         return found
@@ -348,10 +362,10 @@ class Model(nn.Module):
     def _narrow(self, tokens: Array) -> Array:
         return tokens if self.latent_channels == self.encoder[0] else self.feature_bottleneck(tokens)
 
-    def image_features(self, pixels: Array) -> Array:  # (b h w 3) -> (b e)
+    def image_features(self, pixels: Array, drop: float = 0.0) -> Array:  # (b h w 3) -> (b e)
         """Of images, in the space of CLIP, not normalized."""
         self._check_clip()
-        first, patches = self.features(pixels, bottleneck=not self.bottleneck_ae_only)[0]
+        first, patches = self.features(pixels, bottleneck=not self.bottleneck_ae_only, drop=drop)[0]
         kinds = {"cls": first, "pooled": patches.mean((1, 2))}
         return self.visual_proj(pick("clip_feature", self.clip_feature, kinds)).astype(jnp.float32)
 

@@ -144,11 +144,28 @@ class TransformerBlock(nn.Module):
     layer_scale: float | None = None
 
     @nn.compact
-    def __call__(self, x: Array, **options: Any) -> Array:  # (... c) -> same; keywords go to the attention
+    def __call__(self, x: Array, *, keep: Array | None = None, **options: Any) -> Array:
+        """``(B, ..., C)`` -> same. ``keep`` ``(2, B)`` are the `survivors` of each branch; options: the attention's."""
         y = self.attention(name="attention")(self.norm(name="norm1")(x), **options)
-        x = x + self._scaled(y, "scale1")
+        x = x + self._branch(y, "scale1", None if keep is None else keep[0])
         y = self.mlp(name="mlp")(self.norm(name="norm2")(x))
-        return x + self._scaled(y, "scale2")
+        return x + self._branch(y, "scale2", None if keep is None else keep[1])
 
-    def _scaled(self, y: Array, name: str) -> Array:
-        return y if self.layer_scale is None else LayerScale(self.layer_scale, name=name)(y)
+    def _branch(self, y: Array, name: str, keep: Array | None) -> Array:
+        y = y if self.layer_scale is None else LayerScale(self.layer_scale, name=name)(y)
+        if keep is None:
+            return y
+        share = keep / keep.mean(dtype=jnp.float32)
+        return y * share.reshape(-1, *[1] * (y.ndim - 1)).astype(y.dtype)
+
+
+def survivors(key: Array, layers: int, batch: int, rate: float) -> Array:
+    """Stochastic depth (https://arxiv.org/abs/1603.09382) as DINOv2 has it: which items pass which branch.
+
+    Returns:
+      bool ``(layers, 2, batch)``, in every row ``max(int(batch * (1 - rate)), 1)`` of them true. Blocks scale what is
+      left up by their share.
+    """
+    kept = max(int(batch * (1 - rate)), 1)
+    places = jnp.argsort(jax.random.uniform(key, (layers, 2, batch)), axis=-1)  # random permutations
+    return places < kept

@@ -66,6 +66,9 @@ class Recipe:
         opponent = None if self.adversary is None else adversaries.initialize(self.adversary, adversary_key)
         return new_state(params, variables, ema, self.optimizer.init(params), opponent)
 
+    def settled(self, state: TrainState) -> TrainState:
+        return state
+
     def summary(self) -> list[str]:
         adversary = self.adversary
         if adversary is None:

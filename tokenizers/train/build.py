@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -19,10 +18,9 @@ from ..losses import adversarial, balance, equivariance
 from ..networks import foundation
 from ..parallel import platform, rules
 from ..parallel.mesh import batch_parts, replicated
-from . import objective, optim, preview, schedules
+from . import objective, optim, pretraining_config, preview, schedules
 from .adversary import Adversary
 from .autoencoder import Recipe
-from .config import write_atomically
 from .state import TrainState
 from .step import Trainable
 
@@ -98,7 +96,7 @@ def held_out(config: Mapping, parts: Trainable, mesh: Mesh) -> HeldOut:
 
 def _autoencoder(config: Mapping) -> Recipe:
     dtype = platform.compute_dtype(config["precision"])
-    name, fields = _model_fields(config)
+    name, fields = model_fields(config)
     optimizer, rate = optim.make(config["optimizer"], config["steps"])
     model = registry.build(name, dtype=dtype, **fields)
     minimised = objective.build(config["loss"], model.spec)
@@ -127,7 +125,14 @@ def _autoencoder(config: Mapping) -> Recipe:
     )
 
 
-KINDS = {"autoencoder": Kind(_autoencoder)}
+def _pretraining(config: Mapping) -> Trainable:
+    dtype = platform.compute_dtype(config["precision"])
+    name, fields = model_fields(config)
+    model = registry.build(name, dtype=dtype, **fields)
+    return pretraining_config.recipe(config, model, objective.build(config["loss"], model.spec), dtype)
+
+
+KINDS = {"autoencoder": Kind(_autoencoder), "pretraining": Kind(_pretraining)}
 
 
 def _equivariance(config: Mapping, model) -> equivariance.Equivariance | None:
@@ -146,7 +151,7 @@ def _equivariance(config: Mapping, model) -> equivariance.Equivariance | None:
     return equivariance.Equivariance(**(dict(config) | {"scales": tuple(config["scales"])}))
 
 
-def _model_fields(config: Mapping) -> tuple[str, dict[str, Any]]:
+def model_fields(config: Mapping) -> tuple[str, dict[str, Any]]:
     fields = dict(config["model"])
     return fields.pop("name"), fields
 
@@ -209,16 +214,16 @@ def abstract_state(config: Mapping, parts: Trainable, mesh: Mesh) -> TrainState:
       ValueError: for sharding rules that match nothing or do not fit.
     """
     shapes = jax.eval_shape(parts.initialize)
-    placements = _rules(config)
-    rules.check_used(placements, shapes)
+    given = placements(config)
+    rules.check_used(given, shapes)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
-        rules.shardings(shapes, mesh, placements, config["mesh"]["smallest"]),
+        rules.shardings(shapes, mesh, given, config["mesh"]["smallest"]),
     )
 
 
-def _rules(config: Mapping) -> tuple[rules.Rule, ...]:
+def placements(config: Mapping) -> tuple[rules.Rule, ...]:
     for entry in config["mesh"]["rules"]:
         if not isinstance(entry, (list, tuple)) or len(entry) != 2:
             raise ValueError(f"config.mesh.rules holds {entry!r}; each rule is a pair (expression, placement).")
@@ -258,6 +263,8 @@ def initial_state(config: Mapping, parts: Trainable, mesh: Mesh) -> TrainState:
         state = _with_weights(state, config, places)
     for name, part in config["init_parts"].items():
         state = _with_part(state, part, f"config.init_parts.{name}")
+    if config["init_from"] is not None or config["init_parts"]:
+        state = parts.settled(state)
     return state
 
 
@@ -265,7 +272,7 @@ def _with_weights(state: TrainState, config: Mapping, places: TrainState) -> Tra
     """The state with the parameters (and codebook statistics) of another run, saved folder or official weight file."""
     source = config["init_from"]
     if pathlib.Path(source).expanduser().is_file():  # it does not say of which model it is
-        name, fields = _model_fields(config)
+        name, fields = model_fields(config)
         variables = dict(loading.load(source, model=name, **fields).variables)
     else:
         variables = dict(loading.load(source).variables)
@@ -322,61 +329,7 @@ def out_shardings(state: TrainState, mesh: Mesh) -> tuple[Any, Any]:
     return jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
 
 
-def compile_message(compiled, what: str, seconds: float, mesh: Mesh) -> str:
-    """One line about a compiled step: time, floating-point operations, memory."""
-    analysis = compiled.cost_analysis() or {}
-    flops = analysis.get("flops", 0.0) * mesh.size
-    memory = compiled.memory_analysis()
-    text = f"compiled the step for {what} in {seconds:.1f} s: {flops / 1e9:.2f} GFLOP per step"
-    if memory is not None:
-        total = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-        text += f", {total / 2**20:.0f} MiB per device"
-    return text
-
-
-def write_summary(folder: pathlib.Path, config: Mapping, parts: Trainable, mesh: Mesh, data, say: Callable) -> None:
-    """Says what is about to be trained, and leaves the folder explaining itself."""
-    spec, shapes = parts.model.spec, registry.abstract_variables(parts.model)["params"]
-    total = registry.parameter_count(parts.model)
-    time, height, width = spec.compression
-    codes = f"{spec.codebook_size} codes = {spec.bits_per_token:.3g} bits" if spec.codebook_size else "continuous"
-    lines = [
-        f"tokenizer {config['model']['name']}: {total / 1e6:.3f} M parameters, one token per {time}x{height}x{width} "
-        f"(time, height, width) pixels, {spec.latent_channels} channels, {codes}",
-        *(f"  {name}: {_count(tree) / 1e6:.3f} M" for name, tree in shapes.items()),
-        f"compute {jnp.dtype(platform.compute_dtype(config['precision'])).name} on {mesh.size} x "
-        f"{mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}",
-    ]
-    lines += [*parts.summary(), data.summary()]
-    if mesh.size > 1:
-        placed = {"params": {"model": shapes}}
-        lines.append("split parameters:\n" + rules.describe(placed, mesh, _rules(config), config["mesh"]["smallest"]))
-    text = "\n".join(lines)
-    say(text)
-    write_atomically(folder / "summary.txt", text + "\n")
-    write_atomically(folder / "README.txt", _RUN_README.format(folder=folder))
-
-
-def _count(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-_RUN_README = """This folder is one training run.
-
-config.json     every field of its config; the same command with the same --workdir goes on where it stopped
-summary.txt     the model, its compression, the devices and the data
-metrics.jsonl   one line per logged step: losses, PSNR, learning rate, speed, skipped updates
-checkpoints/    complete states of the run; the latest ones and the best by held-out PSNR are kept
-pictures/       held-out input (top) and reconstruction (bottom) as training went on
-tensorboard/    tensorboard --logdir {folder}
-evaluation/     report.html, metrics.json and per-item figures, written at the end or by eval.py
-
-Use it:      import tokenizers; tok = tokenizers.load("{folder}")
-Evaluate it: python eval.py --config=configs/eval_default.py --checkpoint={folder}
-"""
-
-
 def as_tokenizer(config: Mapping, parts: Trainable, state: TrainState) -> api.Tokenizer:
     """The run's EMA weights behind the public methods, in the run's compute precision."""
-    name, fields = _model_fields(config)
+    name, fields = model_fields(config)
     return api.Tokenizer(parts.model, {"params": state.ema, **state.model_state}, name, fields)

@@ -1,7 +1,7 @@
 """Checkpoints of a run: one atomic step of named items, written in the background. The only importer of orbax.
 
-Items: ``params``, ``ema``, ``model_state``, ``optimizer``, ``adversary`` (arrays), ``counters`` (steps and skips),
-``data`` and ``meta`` (JSON). Inference reads ``ema`` and ``model_state`` alone.
+Items: ``params``, ``ema``, ``model_state``, ``optimizer``, ``adversary``, ``teacher`` (arrays), ``counters`` (steps and
+skips), ``data`` and ``meta`` (JSON). Inference reads ``ema`` and ``model_state`` alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..parallel.rules import path_name
 from .config import read_config  # noqa: F401  (what a run is, beside its weights)
 from .state import TrainState
 
-_ARRAY_ITEMS = ("params", "ema", "model_state", "optimizer", "adversary", "counters")
+_ARRAY_ITEMS = ("params", "ema", "model_state", "optimizer", "adversary", "teacher", "counters")
 _FOLDER = "checkpoints"
 _UNMEASURED = -1e9
 

@@ -17,7 +17,7 @@ import numpy as np
 from ..data.pipeline import Pipeline
 from ..parallel import mesh as meshes
 from ..parallel import multihost, platform
-from . import build, checkpoint, preview
+from . import build, checkpoint, preview, summary
 from . import config as configs
 from .log import RunLog
 from .state import TrainState
@@ -76,7 +76,7 @@ def _train(config, folder, mesh, stop, data: Pipeline, recipe: Trainable) -> boo
         )
         stack.callback(log.close)
         if multihost.is_main():
-            build.write_summary(folder, config, recipe, mesh, data, log.message)
+            summary.write_summary(folder, config, recipe, mesh, data, log.message)
         profiler = stack.enter_context(_Profiler(config["profile"], folder))
         batches = stack.enter_context(contextlib.closing(_device_batches(data, recipe, mesh, position["batches"])))
         everything = _Run(config, folder, mesh, stop, data, recipe, checkpoints, log)
@@ -183,7 +183,7 @@ class _Programs:
                 self._compiled[key] = program.lower(state, frozen, inputs).compile()
             seconds = time.perf_counter() - began
             what = ", ".join([*(f"{name} {shape}" for name, shape in shapes), *recipe.told()])
-            self._run.log.message(build.compile_message(self._compiled[key], what, seconds, self._run.mesh))
+            self._run.log.message(summary.compile_message(self._compiled[key], what, seconds, self._run.mesh))
         return self._compiled[key]
 
 

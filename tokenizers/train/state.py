@@ -41,6 +41,7 @@ class TrainState:
       ema: exponential moving average of ``params["model"]``.
       optimizer: optax state.
       adversary: `AdversaryState`, or ``None`` without a discriminator.
+      teacher: what a model distils itself from, or ``None``.
       skipped: int32 scalar, updates skipped because a loss or gradient was not finite.
       skipped_in_a_row: int32 scalar, how many of the latest steps were.
     """
@@ -53,6 +54,7 @@ class TrainState:
     adversary: AdversaryState | None
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    teacher: Any = None
 
 
 def new_state(params, model_state, ema, optimizer, adversary) -> TrainState:

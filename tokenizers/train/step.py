@@ -40,6 +40,9 @@ class Trainable(Protocol):
     def initialize(self) -> TrainState:
         """The state before the first step; runs under jit."""
 
+    def settled(self, state: TrainState) -> TrainState:
+        """The first state after its parameters came from elsewhere: what follows from them, anew."""
+
     def summary(self) -> list[str]:
         """Lines for the start of the run."""
 
