@@ -131,12 +131,12 @@ def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[st
     """
     from .generators import generator
 
-    if system in generator.systems():
-        return generator.from_official(system, config, state_dict)
     table = convert.system(system)
     if hasattr(table, "system_of"):  # one name for several networks
         system = table.system_of(config)
         table = convert.system(system)
+    if system in generator.systems():
+        return generator.from_official(system, config, state_dict)
     return _converted(table, state_dict, system, table.fields_from_official(config))
 
 

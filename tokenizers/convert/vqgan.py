@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from . import ar_prior
 from .compvis import autoencoder_table, check_keys, check_value, network_fields, parameters
 from .engine import Rule, dense_from_conv
 
@@ -25,6 +26,11 @@ _TRAINING = (
     "scheduler_config", "lr_g_factor", "use_ema", "sane_index_shape",
 )  # fmt: skip
 _GUMBEL = ("kl_weight", "temperature_scheduler_config")
+
+
+def system_of(config: Mapping[str, Any]) -> str:
+    """``vqgan``, or ``ar_prior`` for the transformer of the second stage."""
+    return "ar_prior" if ar_prior.describes(config) else "vqgan"
 
 
 def fields_from_official(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,27 +45,27 @@ def build(name: str, **fields: Any) -> nn.Module:
 
 def shapes(module: nn.Module) -> Mapping[str, Any]:
     """Shapes and dtypes of its variables."""
-    return jax.eval_shape(module.init, jax.random.key(0), *_example(module))
+    return jax.eval_shape(module.init, jax.random.key(0), *module.example())
 
 
-def _example(module: nn.Module) -> tuple[Array, Array, Array]:
-    return jnp.zeros((1, *module.grid, module.channels), jnp.float32), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-
-
-def create(name: str, seed: int = 0, **fields: Any) -> Generator:
-    """A generator with random weights."""
+def create(name: str, seed: int = 0, **fields: Any) -> Any:
+    """A generator with random weights: a `Generator`, or what its file calls so."""
     module = build(name, **fields)
     initialize = jax.jit(module.init, compiler_options=platform.run_once_options())
-    return Generator(module, initialize(jax.random.key(seed), *_example(module)), name)
+    return _made(module, initialize(jax.random.key(seed), *module.example()), name)
 
 
-def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[str, np.ndarray]) -> Generator:
+def _made(module: nn.Module, variables: Mapping[str, Any], name: str) -> Any:
+    return getattr(systems()[_system_of(module)], "Generator", Generator)(module, variables, name)
+
+
+def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[str, np.ndarray]) -> Any:
     """A generator from the authors' own config and state dict; errors as in `tokenizers.from_official`."""
     table = convert.system(system)
     return _converted(system, table.fields_from_official(config), state_dict)
 
 
-def load(file: str | pathlib.Path, model: str, **fields: Any) -> Generator:
+def load(file: str | pathlib.Path, model: str, **fields: Any) -> Any:
     """A generator from an official weight file; ``model`` is the released variant, or the system, it belongs to."""
     from ..convert import files
 
@@ -75,11 +75,11 @@ def load(file: str | pathlib.Path, model: str, **fields: Any) -> Generator:
     return _converted(model, fields, files.read_state_dict(path))
 
 
-def _converted(name: str, fields: Mapping[str, Any], state_dict: Mapping[str, np.ndarray]) -> Generator:
+def _converted(name: str, fields: Mapping[str, Any], state_dict: Mapping[str, np.ndarray]) -> Any:
     module = build(name, **fields)
     table = convert.system(_system_of(module))
     variables = convert.variables(table, module, shapes(module), convert.named(table, state_dict))
-    return Generator(module, jax.tree.map(jnp.asarray, variables), name)
+    return _made(module, jax.tree.map(jnp.asarray, variables), name)
 
 
 def _system_of(module: nn.Module) -> str:

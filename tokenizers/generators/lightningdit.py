@@ -181,6 +181,10 @@ class Model(nn.Module):
         x = depth_to_space(x.reshape(batch, *rows, -1), (self.patch, self.patch))
         return x[..., : self.channels].astype(jnp.float32)
 
+    def example(self) -> tuple[Array, Array, Array]:
+        """Inputs to initialize it with."""
+        return jnp.zeros((1, *self.grid, self.channels), jnp.float32), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+
 
 def _probe(name: str, size: str, channels: int, source: str, note: str) -> dict[str, Variant]:
     return {
