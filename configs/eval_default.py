@@ -33,6 +33,10 @@ def get_config(arg=None):
         "codebook",
         "bits",
         "latents",
+        "spectrum",
+        "uniformity",
+        "effective_rank",
+        "scale_equivariance",
         "throughput",
     )
     # Files of the frozen networks; empty = looked for in $TOKENIZERS_WEIGHTS.

@@ -221,7 +221,7 @@ def test_the_report_has_all_its_files(alone):
         assert sum(1 for _ in video.decode(video=0)) == 5 * 3
     page = (folder / "report.html").read_text()
     assert "A &lt;test&gt;" in page
-    assert page.count("<img") == 1 + 5  # preview; two rate plots, PSNR, codes, training
+    assert page.count("<img") == 1 + 6  # preview; two rate plots, PSNR, codes, spectrum, training
     for part in ("bicubic", "JPEG", "WebP", "reconstruction.mp4", "not computed: needs"):
         assert part in page
 

@@ -224,7 +224,8 @@ def test_what_pictures_show_is_found():
     assert alone()["linear_probe_choice"]["blocks"] in (1, 2)  # the encoder has two; four are asked for
 
 
-@pytest.mark.parametrize("model", ["latents", pytest.param("vtp", marks=pytest.mark.slow)])
+@pytest.mark.slow  # on eight devices the functions above run in the quick tests, too
+@pytest.mark.parametrize("model", ["latents", "vtp"])
 def test_eight_devices_find_the_same(model):
     tokenizer = small_vtp() if model == "vtp" else toys.image("continuous")
     found = evaluate(tokenizer, mesh=eight())

@@ -10,6 +10,7 @@ import numpy as np
 from . import codebook, distances
 from .codebook import CodeHistogram, LatentStatistics
 from .distances import GaussianStatistics
+from .latents import Space
 from .protocols import Protocol
 
 Value = float | int | str | list | dict
@@ -67,6 +68,7 @@ class Stream:
       shapes: the (T, H, W) that occurred.
       codes: histogram of the tokens, ``None`` for continuous tokenizers.
       latents: moments of the latents.
+      space: their spectrum, covariance and a sample of them.
       inception, i3d: feature statistics.
       logits: Inception logits of the reconstructions, one array per batch.
       reasons: metric -> why it was not computed.
@@ -78,6 +80,7 @@ class Stream:
         self.shapes: set[tuple[int, int, int]] = set()
         self.codes: CodeHistogram | None = None
         self.latents: LatentStatistics | None = None
+        self.space = Space()
         self.inception, self.i3d = FeaturePair(), FeaturePair()
         self.logits: list[np.ndarray] = []
         self.reasons: dict[str, str] = {}
@@ -104,6 +107,7 @@ class Stream:
         both.rows = self.rows + other.rows
         both.shapes = self.shapes | other.shapes
         both.codes, both.latents = _merged(self.codes, other.codes), _merged(self.latents, other.latents)
+        both.space = self.space.merge(other.space)
         both.inception, both.i3d = self.inception.merge(other.inception), self.i3d.merge(other.i3d)
         both.logits = self.logits + other.logits
         both.reasons = self.reasons | other.reasons
@@ -139,10 +143,24 @@ def summarize(stream: Stream, protocol: Protocol, metrics: tuple[str, ...]) -> d
         result |= _codebook(stream)
     if "latents" in metrics:
         result["latents"] = stream.latents.summary() if stream.latents else not_computed("at least one item")
+    result |= _space(stream, metrics, protocol.weighting)
     if "throughput" in metrics:
         for stage, (count, seconds) in stream.seconds.items():
             result[f"{stage}_frames_per_second"] = count / seconds if seconds else not_computed("at least one batch")
     return result
+
+
+def _space(stream: Stream, metrics: tuple[str, ...], weighting: str) -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    for key, value in stream.space.summary(metrics).items():
+        needs = stream.reasons.get("spectrum") if key.endswith(("slope", "share")) else ""
+        if needs or value is None:
+            found[key] = not_computed(needs or "at least two vectors of latents")
+        else:
+            found[key] = value if np.isfinite(value) else not_computed("pictures and latents that vary")
+    if "scale_equivariance" in metrics:
+        found["scale_psnr"] = _item_mean(stream, "scale_psnr", weighting)
+    return found
 
 
 def _lacking(stream: Stream, name: str) -> str:

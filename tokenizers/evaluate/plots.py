@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from .codebook import CodeHistogram
 from .collect import BASELINES
+from .latents import Space
 
 _COLOURS = {"tokenizer": "#1f6feb", "bicubic": "#8c959f", "jpeg": "#d4700a", "webp": "#1a7f37", "h264": "#8250df"}
 _CURVES = 6
@@ -62,6 +63,23 @@ def code_usage(histograms: Mapping[str, CodeHistogram]) -> bytes | None:
         axes.plot(np.arange(1, len(shares) + 1), shares, drawstyle="steps-post", label=f"{name}: {len(shares)} codes")
     size = max(histogram.size for histogram in histograms.values())
     axes.axhline(1 / size, color="#8c959f", linewidth=1, linestyle="--", label=f"all {size} codes alike")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def spectra(spaces: Mapping[str, Space]) -> bytes | None:
+    """Power of latents over spatial frequency beside that of the pixels; ``None`` where there is no grid."""
+    pairs = {name: (space.latents, space.pixels) for name, space in spaces.items() if space.latents is not None}
+    if not pairs:
+        return None
+    figure, axes = _axes("Spectrum", "cycles per latent", "power, mean 1")
+    for number, (name, (latents, pixels)) in enumerate(pairs.items()):
+        for what, spectrum, line in (("latents", latents, "-"), ("pixels", pixels, ":")):
+            frequency, power = spectrum.curve()
+            label = f"{name}: {what}, slope {spectrum.slope():.1f}"
+            axes.plot(frequency, np.maximum(power, 1e-12), line, color=f"C{number}", label=label, linewidth=1.4)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.legend(fontsize=8, frameon=False)

@@ -34,6 +34,14 @@ HEADINGS = {
     "codebook_usage_of_reachable": ("codebook usage, of min(codes, tokens)", "{:.1%}"),
     "codebook_entropy": ("codebook entropy, bits", "{:.3f}"),
     "codebook_perplexity": ("codebook perplexity", "{:.1f}"),
+    "latents_slope": ("slope of the latents' spectrum", "{:.2f}"),
+    "pixels_slope": ("slope of the pixels' spectrum, at that size", "{:.2f}"),
+    "latents_high_share": ("power in the highest octave, latents", "{:.1%}"),
+    "pixels_high_share": ("power in the highest octave, pixels", "{:.1%}"),
+    "effective_rank": ("effective rank of the channels", "{:.2f}"),
+    "uniformity": ("uniformity of latents", "{:.3f}"),
+    "uniformity_of_even": ("uniformity of an even sphere", "{:.3f}"),
+    "scale_psnr": ("PSNR of half-size latents", "{:.2f} dB"),
     "zero_shot_top1": ("zero-shot accuracy", "{:.2%}"),
     "zero_shot_top5": ("zero-shot accuracy, top 5", "{:.2%}"),
     "linear_probe": ("linear probe of features", "{:.2%}"),
@@ -149,7 +157,8 @@ def _plots(streams: Mapping[str, Stream], training_log: str | pathlib.Path | Non
     rows = {name: stream.rows for name, stream in streams.items()}
     codes = {name: stream.codes for name, stream in streams.items() if stream.codes is not None}
     found = [plots.rate_distortion(name, items) for name, items in rows.items()]
-    found += [plots.psnr_histogram(rows), plots.code_usage(codes)]
+    spaces = {name: stream.space for name, stream in streams.items()}
+    found += [plots.psnr_histogram(rows), plots.code_usage(codes), plots.spectra(spaces)]
     if training_log is not None:
         found.append(plots.loss_curve(pathlib.Path(training_log)))
     return [plot for plot in found if plot is not None]

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ..errors import pick, unknown
 from ..parallel import mesh as meshes
 from ..parallel import multihost
-from . import baselines, codebook, features, pixel_metrics, reading, report
+from . import baselines, codebook, features, latents, pixel_metrics, reading, report
 from .collect import Stream, comparison, summarize
 from .pictures import Sample
 from .protocols import PROTOCOLS, Protocol
@@ -34,6 +34,7 @@ METRICS = (
     "codebook",
     "bits",
     "latents",
+    *latents.METRICS,
     "throughput",
 )
 ACCEPTED = (*METRICS, *reading.METRICS)
@@ -137,15 +138,19 @@ class _Loop:
         stream.shapes.add(tuple(map(int, shape)))
         reference = self._place(pixels)
         encoding, reconstruction = self._reconstruct(stream, reference)
-        table, latents = self._measure(stream, reference, reconstruction, encoding)
+        table, moments = self._measure(stream, reference, reconstruction, encoding)
         table |= {"item": self._place(items), "valid": self._place(valid), "name": self._place(names)}
-        arrays = {"table": table, "latents": latents, "features": self._features(stream, reference, reconstruction)}
+        arrays = {"table": table, "latents": moments, "features": self._features(stream, reference, reconstruction)}
+        looked = latents.look(self._tokenizer, self._metrics, reference, encoding, table["valid"])
+        arrays["space"], per_item, reasons = looked
+        table |= per_item
+        stream.reasons |= reasons
         if encoding.indices is not None:
             arrays["indices"] = encoding.indices
         if len(self._kept.setdefault(name, [])) < self._preview_items:
             arrays["pictures"] = (reference, reconstruction)
         given = {key: self._place(array) for key, array in zip(given, rest, strict=True)}
-        arrays["read"] = given | self._understand(reference, encoding.latents, "label" in given)
+        arrays["read"] = given | self._reader(_as_pictures(reference), encoding.latents, "label" in given)
         tokens = encoding.latents[..., 0] if encoding.indices is None else encoding.indices
         self._grids[shape] = tuple(tokens.shape[1:])
 
@@ -194,9 +199,6 @@ class _Loop:
         stream.reasons |= reasons
         return found
 
-    def _understand(self, reference: jax.Array, latents: jax.Array, labelled: bool) -> dict[str, jax.Array]:
-        return self._reader(_as_pictures(reference), latents, labelled)
-
     def _learn_from(self, name: str) -> reading.Read | None:
         """What is read of the training data of a stream, if something learns from it."""
         if self._setup.training is None or not self._reader.learns or "label" not in self._read[name]:
@@ -207,9 +209,10 @@ class _Loop:
             given = self._reader.given(batch)
             pixels, valid, *rest = self._fill(pixels, valid, *given.values())
             reference = self._place(pixels)
-            latents = self._tokenizer.encode(_as_pictures(reference)).latents
+            encoding = self._tokenizer.encode(_as_pictures(reference))
             arrays = {key: self._place(array) for key, array in zip(("valid", *given), (valid, *rest), strict=True)}
-            arrays = multihost.gather(arrays | self._understand(reference, latents, "label" in given))
+            read = self._reader(_as_pictures(reference), encoding.latents, "label" in given)
+            arrays = multihost.gather(arrays | read)
             counted = arrays.pop("valid").astype(bool)
             found.add({key: array[counted] for key, array in arrays.items()})
         return found
@@ -236,6 +239,7 @@ class _Loop:
         self._read.setdefault(name, reading.Read()).add({key: rows[valid] for key, rows in found["read"].items()})
         if "indices" in found:
             stream.add_codes(found["indices"][valid], spec.codebook_size)
+        stream.space.add(found["space"], valid)
         stream.add_latents(tokens, {key: value[valid] for key, value in found["latents"].items()})
         for key, pair in (("inception", stream.inception), ("i3d", stream.i3d)):
             if key in extracted:
@@ -363,9 +367,9 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _scores(protocol: Protocol, names: tuple[str, ...], reference, reconstruction, latents):
+def _scores(protocol: Protocol, names: tuple[str, ...], reference, reconstruction, codes):
     table = _pixel_scores(protocol, names, reference, reconstruction)
-    flat = jnp.asarray(latents, jnp.float32).reshape(latents.shape[0], -1, latents.shape[-1])
+    flat = jnp.asarray(codes, jnp.float32).reshape(codes.shape[0], -1, codes.shape[-1])
     mean = flat.mean(axis=1)
     moments = {"mean": mean, "scatter": jnp.square(flat - mean[:, None]).sum(axis=1)}
     return table, moments | {"low": flat.min(axis=1), "high": flat.max(axis=1)}
