@@ -29,7 +29,7 @@ def main(argv):
     workdir = _WORKDIR.value or f"runs/{_config_name()}"
     try:
         finished = loop.run(config, workdir)
-        if finished and config.evaluation.final_report:
+        if finished and "evaluation" in config and config.evaluation.final_report:
             evaluation = eval_default.get_config()
             evaluation.mesh = config.mesh
             session.evaluate_checkpoint(workdir, evaluation)

@@ -257,3 +257,40 @@ def get_base() -> ConfigDict:
     for free in (*models, config.loss.bottleneck, config.data.streams, config.data.sources, *schedules):
         free.unlock()
     return config
+
+
+def latents(**changes) -> ConfigDict:
+    """Batches of latents (tokenizers/data/latents.py)."""
+    config = ConfigDict()
+    config.path = ""  # folder that `configs/generation_blackbox.py` has made
+    config.batch_size = 1024  # global
+    config.flip = True  # mirrored copies with equal chance
+    config.read_threads = 2
+    config.prefetch = 4
+    return _changed(config, changes)
+
+
+def get_generator() -> ConfigDict:
+    """A config with every field that train.py reads for a generator of latents, with LightningDiT's recipe."""
+    config = get_base()
+    config.unlock()
+    config.recipe = "generator"
+    for other in ("loss", "schedules", "discriminator", "evaluation", "init_parts"):
+        del config[other]
+    config.model = ConfigDict({"name": "lightningdit"})  # its fields; grid, channels and classes are those of the data
+    config.ema_decay = 0.9999
+    config.ema_warmup = False
+    config.optimizer = optimizer(name="adamw", lr=2e-4, b2=0.95, clip=0.0)
+    config.flow = ConfigDict()  # tokenizers/generators/flow.py
+    config.flow.path = "linear"  # linear, cosine, variance_preserving
+    config.flow.prediction = "velocity"  # velocity, noise, score
+    config.flow.weighting = placeholder(str)  # of noise and score: velocity, likelihood; None = as they are
+    config.flow.cosine = True  # the direction of the velocity counts once more
+    config.flow.time_mean = 0.0  # times of training: sigmoid of a normal number
+    config.flow.time_std = placeholder(float)
+    config.flow.time_std = 1.0  # None = uniform
+    config.flow.uniform_from = placeholder(int)  # step from which times are uniform; None = never
+    config.data = latents()
+    config.lock()
+    config.model.unlock()
+    return config

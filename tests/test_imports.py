@@ -36,6 +36,8 @@ ALLOWED = {
         "parallel",
         "registry",
         "api",
+        "captions",
+        "nn",
         "loading",
         "discriminators",
         "generators",

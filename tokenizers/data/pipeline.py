@@ -166,9 +166,9 @@ class Pipeline:
             lines.append(f"  skipped {self.skipped.count} files, the last: {self.skipped.last[-1]}")
         return "\n".join(lines)
 
-    def batches(self, start: int = 0) -> Batches:
-        """Batches ``start``, ``start + 1``, ... of this process; close them (or use ``with``) to stop workers."""
-        return Batches(self, start)
+    def batches(self, start: int = 0, stride: int = 1) -> Batches:
+        """Batches ``start``, ``start + stride``, ... of this process; close them (or use ``with``) to stop workers."""
+        return Batches(self, start, stride)
 
     def evaluation_items(self) -> Iterator[dict[str, Any]]:
         """Items one by one, in order: pixels uint8 ``(T, H, W, 3)``, stream, name, any caption and label."""
@@ -286,11 +286,11 @@ class Batches:
     fits any number of workers and processes.
     """
 
-    def __init__(self, pipeline: Pipeline, start: int):
-        if start < 0:
-            raise ValueError(f"start must be at least 0, got {start}")
+    def __init__(self, pipeline: Pipeline, start: int, stride: int = 1):
+        if start < 0 or stride < 1:
+            raise ValueError(f"start must be at least 0 and stride at least 1, got {start} and {stride}")
         self._pipeline = pipeline
-        self._next = start
+        self._next, self._stride = start, stride
         self._iterator = None
 
     def __iter__(self) -> Batches:
@@ -302,7 +302,7 @@ class Batches:
         batch = dict(next(self._iterator))
         self._pipeline.skipped.add(batch.pop("skipped"))
         batch |= {key: np.asarray(batch[key]) for key in ("pixels", "label") if key in batch}
-        self._next += 1
+        self._next += self._stride
         return batch
 
     def _open(self):
@@ -311,7 +311,7 @@ class Batches:
         settings: Settings = self._pipeline.settings
         dataset = self._pipeline.dataset()
         # A slice that starts at the end would wrap around.
-        rest = dataset[self._next :] if self._next < len(dataset) else []
+        rest = dataset[self._next :: self._stride] if self._next < len(dataset) else []
         if len(rest) == 0:
             return iter(())
         threads = settings.read_threads if settings.prefetch else 0

@@ -79,7 +79,7 @@ def write(
       title: heading of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_jsonable(results), indent=2, allow_nan=False)
+    text = json.dumps(jsonable(results), indent=2, allow_nan=False)
     (folder / "metrics.json").write_text(text + "\n")
     _write_csv(folder / "items.csv", streams)
     shown = [sample for group in samples.values() for sample in group]
@@ -124,11 +124,12 @@ def _shown(key: str, value: Any) -> str:
     return HEADINGS[key][1].format(value) if is_number(value) else str(value)
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """The same with texts for what JSON does not know."""
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     # JSON has no infinity; a text is better than a file that strict readers refuse.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -164,7 +165,7 @@ def _plots(streams: Mapping[str, Stream], training_log: str | pathlib.Path | Non
     return [plot for plot in found if plot is not None]
 
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; --ink: #1c2026; --faint: #69707a; --line: #e3e6ea; --accent: #1f6feb; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1120px;
   margin: 2.5rem auto; padding: 0 1.5rem; }
@@ -191,7 +192,7 @@ def _page(title: str, results: Mapping[str, Any], preview, has_clip: bool, plots
     compression = "x".join(map(str, tokenizer["compression"]))
     out = io.StringIO()
     out.write(f"<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>")
-    out.write(f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>")
+    out.write(f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>")
     facts = f"{tokenizer['name']}: {compression} compression (time, height, width), {kind}. {results['devices']}."
     out.write(f"<p class='sub'>{html.escape(facts)}</p>{_cards(results['overall'])}")
     for name, rows in results["baselines"].items():
@@ -204,11 +205,11 @@ def _page(title: str, results: Mapping[str, Any], preview, has_clip: bool, plots
             "the tokenizer's bits. Headers and fixed tables of the codecs are not counted.</p>"
         )
     if preview:
-        out.write(f"<h2>Side by side</h2><div class='scroll'>{_image(preview.read_bytes(), 'preview')}</div>")
+        out.write(f"<h2>Side by side</h2><div class='scroll'>{image(preview.read_bytes(), 'preview')}</div>")
     if has_clip:
         out.write("<p><video controls loop muted src='reconstruction.mp4'></video></p>")
     if plots:
-        out.write(f"<h2>Plots</h2><div class='plots'>{''.join(_image(plot, 'plot') for plot in plots)}</div>")
+        out.write(f"<h2>Plots</h2><div class='plots'>{''.join(image(plot, 'plot') for plot in plots)}</div>")
     out.write(f"<h2>All metrics</h2>{_metrics(results)}")
     note = f"Protocol {protocol['name']} ({protocol['source']}). {protocol['note']}"
     for line in [note, *results["notes"]]:
@@ -216,7 +217,8 @@ def _page(title: str, results: Mapping[str, Any], preview, has_clip: bool, plots
     return out.getvalue() + "</html>\n"
 
 
-def _image(png: bytes, alternative: str) -> str:
+def image(png: bytes, alternative: str) -> str:
+    """An element of a page that holds the picture itself."""
     return f"<img alt='{alternative}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
 
 

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -254,17 +254,3 @@ def _finish(folder: pathlib.Path, about: Mapping[str, Any]) -> None:
     stored.Statistics.of(shards, about["statistics_items"]).save(folder)
     classes = len(about["class_names"]) or int(shards.labels.max(initial=stored.NO_LABEL)) + 1
     _write(folder, {**about, "items": len(shards), "classes": classes, "complete": True})
-
-
-def batches_of(data: Pipeline, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(pictures, whether they count, labels) of the first ``limit`` readable items, batch by batch."""
-    left = limit
-    with data.batches() as batches:
-        for batch in batches:
-            valid = np.asarray(batch["valid"], bool)
-            valid &= np.cumsum(valid) <= left
-            left -= int(valid.sum())
-            labels = np.asarray(batch.get("label", np.full(len(valid), stored.NO_LABEL)))
-            yield batch["pixels"][:, 0], valid, labels
-            if not left:
-                return

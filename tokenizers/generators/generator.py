@@ -94,6 +94,11 @@ class Generator:
     variables: Mapping[str, Any]
     name: str
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Of an item, ``(h, w, C)``."""
+        return (*self.module.grid, self.module.channels)
+
     def sample(
         self,
         key: Any,
@@ -127,7 +132,7 @@ class Generator:
         if labels.ndim != 1 or (labels.size and not 0 <= int(labels.min()) <= int(labels.max()) <= self.module.classes):
             raise ValueError(f"labels must be (B,) integers from 0 to {self.module.classes} (none); got {labels}.")
         if noise is None:
-            noise = jax.random.normal(key, (len(labels), *self.module.grid, self.module.channels))
+            noise = jax.random.normal(key, (len(labels), *self.latent_shape))
         run = _sampler(self.module, follow, guidance, guidance_start, guided_channels, matching)
         return run(self.variables, jnp.asarray(noise), labels, flow.times(points, shift))
 

@@ -29,10 +29,11 @@ from .adversary import Adversary
 from .objective import Metrics, Objective
 from .schedules import Schedules
 from .state import TrainState, new_state
+from .step import OfPixels
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(OfPixels):
     """All that a step needs to know and that never changes during a run."""
 
     model: nn.Module

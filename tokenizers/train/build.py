@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from .. import api, errors, loading, pixels, registry
+from .. import api, errors, loading, registry
+from ..data.latents import LatentPipeline
 from ..data.pipeline import Pipeline
 from ..discriminators import blur, dino, patchgan, stylegan, tats
 from ..losses import adversarial, balance, equivariance
 from ..networks import foundation
 from ..parallel import platform, rules
 from ..parallel.mesh import batch_parts, replicated
-from . import objective, optim, pretraining_config, preview, schedules
+from . import matching, objective, optim, pretraining_config, preview, schedules
 from .adversary import Adversary
 from .autoencoder import Recipe
 from .state import TrainState
@@ -61,11 +62,21 @@ class HeldOut(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What can be trained: what a run of it is made of, from its config."""
+    """What can be trained: what a run of it is made of, from its config.
+
+    Attributes:
+      recipe: of the step.
+      weights: variables of ``config.init_from``.
+      data: its batches.
+      held_out: who judges it while it is trained, if anybody does.
+      resolve: the config with what its data decide.
+    """
 
     recipe: Callable[[Mapping], Trainable]
-    data: Callable[..., Pipeline] = Pipeline
-    held_out: Callable[[Mapping, Trainable, Mesh], HeldOut] = preview.HeldOut
+    weights: Callable[[Mapping], Mapping[str, Any]]
+    data: Callable[..., Any] = Pipeline
+    held_out: Callable[[Mapping, Trainable, Mesh], HeldOut] | None = preview.HeldOut
+    resolve: Callable[[Mapping], Mapping] = lambda config: config
 
 
 def kind(config: Mapping) -> Kind:
@@ -82,7 +93,7 @@ def recipe(config: Mapping) -> Trainable:
     return kind(config).recipe(config)
 
 
-def data(config: Mapping, process_index: int, process_count: int) -> Pipeline:
+def data(config: Mapping, process_index: int, process_count: int) -> Any:
     """The batches of this process."""
     return kind(config).data(
         config["data"], seed=config["seed"], process_index=process_index, process_count=process_count
@@ -132,7 +143,20 @@ def _pretraining(config: Mapping) -> Trainable:
     return pretraining_config.recipe(config, model, objective.build(config["loss"], model.spec), dtype)
 
 
-KINDS = {"autoencoder": Kind(_autoencoder), "pretraining": Kind(_pretraining)}
+def _tokenizer_weights(config: Mapping) -> Mapping[str, Any]:
+    """Of another run, saved folder or official weight file."""
+    source = config["init_from"]
+    if pathlib.Path(source).expanduser().is_file():  # it does not say of which model it is
+        name, fields = model_fields(config)
+        return loading.load(source, model=name, **fields).variables
+    return loading.load(source).variables
+
+
+KINDS = {
+    "autoencoder": Kind(_autoencoder, _tokenizer_weights),
+    "pretraining": Kind(_pretraining, _tokenizer_weights),
+    "generator": Kind(matching.build, matching.weights, data=LatentPipeline, held_out=None, resolve=matching.resolve),
+}
 
 
 def _equivariance(config: Mapping, model) -> equivariance.Equivariance | None:
@@ -234,14 +258,14 @@ def check_batches(shapes, parts: Trainable, mesh: Mesh) -> None:
     """Refuses batches that the model, the mesh or the accumulation cannot take, before anything is compiled.
 
     Args:
-      shapes: (stream, global shape ``(B, T, H, W, C)``) of all batches.
+      shapes: (stream, global shape, of pixels ``(B, T, H, W, C)``) of all batches.
       parts: of the run.
       mesh: devices.
 
     Raises:
       ValueError: names the stream and what would fit.
     """
-    model, pieces = parts.model, batch_parts(mesh)
+    pieces = batch_parts(mesh)
     for stream, shape in shapes:
         if shape[0] % pieces or shape[0] % parts.accumulate:
             raise ValueError(
@@ -249,8 +273,7 @@ def check_batches(shapes, parts: Trainable, mesh: Mesh) -> None:
                 f"{dict(mesh.shape)} splits a batch, and of accumulate={parts.accumulate}."
             )
         try:
-            seen = shape if model.spec.video else (shape[0] * shape[1], *shape[2:])
-            pixels.fitted(model.spec, getattr(model, "input_size", None), seen, strict=True)
+            parts.check(shape)
         except ValueError as error:
             raise ValueError(f"stream {stream!r}: {error}") from error
 
@@ -261,21 +284,17 @@ def initial_state(config: Mapping, parts: Trainable, mesh: Mesh) -> TrainState:
     state = jax.jit(parts.initialize, out_shardings=places, compiler_options=platform.run_once_options())()
     if config["init_from"] is not None:
         state = _with_weights(state, config, places)
-    for name, part in config["init_parts"].items():
+    others = config.get("init_parts", {})
+    for name, part in others.items():
         state = _with_part(state, part, f"config.init_parts.{name}")
-    if config["init_from"] is not None or config["init_parts"]:
+    if config["init_from"] is not None or others:
         state = parts.settled(state)
     return state
 
 
 def _with_weights(state: TrainState, config: Mapping, places: TrainState) -> TrainState:
-    """The state with the parameters (and codebook statistics) of another run, saved folder or official weight file."""
-    source = config["init_from"]
-    if pathlib.Path(source).expanduser().is_file():  # it does not say of which model it is
-        name, fields = model_fields(config)
-        variables = dict(loading.load(source, model=name, **fields).variables)
-    else:
-        variables = dict(loading.load(source).variables)
+    """The state with the parameters (and codebook statistics) of ``config.init_from``."""
+    source, variables = config["init_from"], dict(kind(config).weights(config))
     params = variables.pop("params")
     wanted = _shapes({"params": state.params["model"], **state.model_state})
     found = _shapes({"params": params, **variables})

@@ -70,10 +70,10 @@ def check_numbers(config: Mapping) -> None:
     """
     flat = flatten(config)
     for name, smallest in _SMALLEST.items():
-        if flat[name] < smallest:
+        if name in flat and flat[name] < smallest:
             raise ValueError(f"config.{name}={flat[name]} must be at least {smallest}.")
     for name in ("ema_decay", "discriminator.ema_decay"):
-        if not 0 <= flat[name] < 1:
+        if name in flat and not 0 <= flat[name] < 1:
             raise ValueError(f"config.{name}={flat[name]} must be at least 0 and below 1.")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import math
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
@@ -52,6 +51,7 @@ def run(config: Mapping, workdir: str | pathlib.Path) -> bool:
     """
     config = configs.to_dict(config)
     configs.check_numbers(config)
+    config = build.kind(config).resolve(config)
     multihost.initialize(config["distributed"])
     platform.enable_compilation_cache(config["compilation_cache"])
     folder = pathlib.Path(workdir).expanduser()
@@ -111,7 +111,7 @@ def _steps(run: _Run, state: TrainState, frozen, position: Mapping, batches: Ite
         compiled = program(step, state, frozen, inputs)
         state, metrics = compiled(state, frozen, inputs)
         done = step + 1
-        frames += math.prod(inputs["pixels"].shape[:2])
+        frames += run.recipe.frames(inputs)
         watch.add(done, metrics)
         log.progress(done)
         if log.due(done):
@@ -136,6 +136,8 @@ def _steps(run: _Run, state: TrainState, frozen, position: Mapping, batches: Ite
 
 
 def _held_out(run: _Run) -> build.HeldOut | None:
+    if build.kind(run.config).held_out is None:
+        return None
     if preview.has_held_out(run.config["data"]) or run.config["evaluation"]["final_report"]:
         return build.held_out(run.config, run.recipe, run.mesh)
     run.log.message("config.data.held_out is empty: nothing is measured while training")

@@ -27,6 +27,7 @@ from ..parallel.constrain import constrain, whole
 from . import optim
 from .objective import Metrics, Objective, psnr
 from .state import TrainState, new_state
+from .step import OfPixels
 from .views import Crops, Masks
 
 Array = jax.Array
@@ -122,7 +123,7 @@ class Views:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(OfPixels):
     """All that a step needs to know, see `step.Trainable`."""
 
     model: nn.Module

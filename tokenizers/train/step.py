@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .. import pixels
 from .objective import Metrics
 from .state import TrainState
 
@@ -46,6 +48,12 @@ class Trainable(Protocol):
     def summary(self) -> list[str]:
         """Lines for the start of the run."""
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuses global batches of a shape that the network does not take, with a ``ValueError``."""
+
+    def frames(self, inputs: Mapping[str, jax.Array]) -> int:
+        """How many pictures a batch stands for, frames of clips counted one by one."""
+
     def told(self) -> list[str]:
         """What to say of this program, beside the shapes of its inputs."""
 
@@ -56,7 +64,7 @@ class Trainable(Protocol):
         """Of a batch of this process, the arrays that a step reads; the first axis is that of the batch."""
 
     def inputs_of(self, shape: tuple[int, ...]) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """`inputs` of a global batch whose pixels have that shape."""
+        """`inputs` of a global batch of that shape."""
 
     def update(
         self, state: TrainState, networks: Mapping[str, Any], inputs: Mapping[str, jax.Array], key: jax.Array
@@ -65,6 +73,17 @@ class Trainable(Protocol):
 
         Of these, ``loss/...`` and ``grad_norm/...`` must be finite for the step to count.
         """
+
+
+class OfPixels:
+    """What recipes of tokenizers have in common: batches of pixels ``(B, T, H, W, C)``."""
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        seen = shape if self.model.spec.video else (shape[0] * shape[1], *shape[2:])
+        pixels.fitted(self.model.spec, getattr(self.model, "input_size", None), seen, strict=True)
+
+    def frames(self, inputs: Mapping[str, jax.Array]) -> int:
+        return math.prod(inputs["pixels"].shape[:2])
 
 
 def make_step(recipe: Trainable) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from .. import registry
 from ..parallel import platform, rules
 from .build import placements
 from .config import write_atomically
@@ -32,14 +31,10 @@ def compile_message(compiled, what: str, seconds: float, mesh: Mesh) -> str:
 
 def write_summary(folder: pathlib.Path, config: Mapping, parts: Trainable, mesh: Mesh, data, say: Callable) -> None:
     """Says what is about to be trained, and leaves the folder explaining itself."""
-    spec, shapes = parts.model.spec, registry.abstract_variables(parts.model)["params"]
-    total = registry.parameter_count(parts.model)
-    time, height, width = spec.compression
-    codes = f"{spec.codebook_size} codes = {spec.bits_per_token:.3g} bits" if spec.codebook_size else "continuous"
+    describe, readme = _KINDS.get(config["recipe"], (_tokenizer, _README_TOKENIZER))
+    shapes = jax.eval_shape(parts.initialize).params["model"]
     lines = [
-        f"tokenizer {config['model']['name']}: {total / 1e6:.3f} M parameters, one token per {time}x{height}x{width} "
-        f"(time, height, width) pixels, {spec.latent_channels} channels, {codes}",
-        *(f"  {name}: {_count(tree) / 1e6:.3f} M" for name, tree in shapes.items()),
+        *describe(config["model"]["name"], parts, shapes),
         f"compute {jnp.dtype(platform.compute_dtype(config['precision'])).name} on {mesh.size} x "
         f"{mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}",
     ]
@@ -51,23 +46,49 @@ def write_summary(folder: pathlib.Path, config: Mapping, parts: Trainable, mesh:
     text = "\n".join(lines)
     say(text)
     write_atomically(folder / "summary.txt", text + "\n")
-    write_atomically(folder / "README.txt", _RUN_README.format(folder=folder))
+    write_atomically(folder / "README.txt", (_README + readme).format(folder=folder))
+
+
+def _tokenizer(name: str, parts: Trainable, shapes: Mapping[str, Any]) -> list[str]:
+    spec = parts.model.spec
+    time, height, width = spec.compression
+    codes = f"{spec.codebook_size} codes = {spec.bits_per_token:.3g} bits" if spec.codebook_size else "continuous"
+    return [
+        f"tokenizer {name}: {_count(shapes) / 1e6:.3f} M parameters, one token per {time}x{height}x{width} "
+        f"(time, height, width) pixels, {spec.latent_channels} channels, {codes}",
+        *(f"  {part}: {_count(tree) / 1e6:.3f} M" for part, tree in shapes.items()),
+    ]
+
+
+def _generator(name: str, parts: Trainable, shapes: Mapping[str, Any]) -> list[str]:
+    model = parts.model
+    tokens = math.prod(model.grid) // model.patch**2
+    return [
+        f"generator {name}: {_count(shapes) / 1e6:.3f} M parameters, {tokens} tokens of {model.patch}x{model.patch} "
+        f"latents with {model.channels} channels, {model.classes} classes"
+    ]
 
 
 def _count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-_RUN_README = """This folder is one training run.
+_README = """This folder is one training run.
 
 config.json     every field of its config; the same command with the same --workdir goes on where it stopped
-summary.txt     the model, its compression, the devices and the data
-metrics.jsonl   one line per logged step: losses, PSNR, learning rate, speed, skipped updates
-checkpoints/    complete states of the run; the latest ones and the best by held-out PSNR are kept
-pictures/       held-out input (top) and reconstruction (bottom) as training went on
+summary.txt     the model, the devices and the data
+metrics.jsonl   one line per logged step: losses, learning rate, speed, skipped updates
+checkpoints/    complete states of the run; the latest ones, and the best on held-out data if it is measured, are kept
 tensorboard/    tensorboard --logdir {folder}
+"""
+_README_TOKENIZER = """pictures/       held-out input (top) and reconstruction (bottom) as training went on
 evaluation/     report.html, metrics.json and per-item figures, written at the end or by eval.py
 
 Use it:      import tokenizers; tok = tokenizers.load("{folder}")
 Evaluate it: python eval.py --config=configs/eval_default.py --checkpoint={folder}
 """
+_README_GENERATOR = """
+Use it: from tokenizers.train import matching; made = matching.load("{folder}")
+        made.sample(key, labels) are normalized latents; the folder of those it learned from knows their scale
+"""
+_KINDS = {"generator": (_generator, _README_GENERATOR)}
