@@ -47,6 +47,7 @@ def get_config(arg=None):
     config.understanding.templates = ()  # sentences with {} for a name; () = seven of OpenAI's
     config.understanding.training = ""  # labelled data to learn from; "" = what is not held out
     config.understanding.training_items = 50_000  # at most; 0 = all
+    config.understanding.views = 0  # random crops of each that linear probes see; 0 = the picture as it is evaluated
     config.understanding.blocks = (1, 4)  # last blocks that a linear probe reads
     config.understanding.epochs = 10
     config.understanding.batch_size = 256

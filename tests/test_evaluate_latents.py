@@ -54,7 +54,7 @@ def test_the_slope_is_the_exponent_whatever_the_scale_of_a_channel(exponent):
     frequency, power = space.latents.curve()
     assert np.all(np.diff(frequency) > 0)
     assert frequency[-1] < 0.5
-    assert np.average(power, weights=space.latents.counts[space.latents.counts > 0]) < 1.0 + 1e-9
+    assert np.average(power, weights=space.latents.counts[space.latents.counts > 0]) == pytest.approx(1)
     assert space.latents.high_share() < 1 - np.pi / 16
 
 

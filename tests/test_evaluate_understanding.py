@@ -155,7 +155,7 @@ def test_texts_survive_the_trip_between_processes():
 
 @functools.cache
 def small_vtp():
-    small = {"encoder": (32, 2, 2), "decoder": (32, 1, 2), "latent_channels": 4, "patch": 8}
+    small = {"encoder": (32, 2, 2), "decoder": (32, 1, 2), "latent_channels": 4}
     tower = (("width", 32), ("layers", 1), ("heads", 2), ("features", 32))
     return tokenizers.create("vtp", **small, text_tower=tower)
 
@@ -168,7 +168,7 @@ def batches(seed, count=30, size=12):
     """Pictures of one colour and noise; the last batch is filled up, and the first picture has no label."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(len(COLOURS), size=count)
-    pixels = np.array(list(COLOURS.values()))[labels][:, None, None] + rng.normal(0, 25, (count, 16, 16, 3))
+    pixels = np.array(list(COLOURS.values()))[labels][:, None, None] + rng.normal(0, 25, (count, 32, 32, 3))
     pixels, labels = np.clip(pixels, 0, 255).astype(np.uint8), labels.astype(np.int32)
     captions = [f"a {CLASSES[label]} picture, number {number % 20}" for number, label in enumerate(labels)]
     labels[0] = -1
@@ -242,7 +242,7 @@ def test_what_a_tokenizer_or_its_data_cannot_give_is_said():
     assert plain["linear_probe"] == plain["knn"]
     assert plain["knn"] == "not computed: needs images, and an encoder with features of its own (VTP)"
     assert plain["linear_probe_latents"] > 0.8
-    pictures = {"pixels": np.zeros((12, 16, 16, 3), np.uint8)}
+    pictures = {"pixels": np.zeros((12, 32, 32, 3), np.uint8)}
     found = evaluate(small_vtp(), [pictures], setup=Setup())
     assert found["image_to_text_r1"] == "not computed: needs captions"
     for key in ("zero_shot_top1", "linear_probe", "linear_probe_latents", "knn"):
@@ -290,6 +290,10 @@ def test_what_is_learned_from_is_not_what_is_evaluated(tmp_path):
     config["understanding"]["training_items"] = 8
     (batch,) = session._understanding(tmp_path, config, ()).training("input")
     assert len(set(batch["label"])) > 2, "not the first folders alone"
+    config["understanding"] |= {"views": 2, "training_items": 0}
+    setup = session._understanding(tmp_path, config, ())
+    assert setup.epochs == 1, "two epochs, of one view each"
+    assert sum(len(batch["label"]) for batch in setup.augmented("input")) == 32  # twice twelve, in whole batches
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
     config["understanding"]["class_names"] = str(tmp_path / "names.txt")
     assert session._understanding(tmp_path, config, ()).classes == ("a", "b", "c", "d")

@@ -58,8 +58,9 @@ class Spectrum:
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Frequencies in cycles per latent, and the mean power there, of channels with a mean power of 1."""
         filled = self.counts > 0
-        alive = self.total > 0
-        shares = self.power[alive][:, filled] / self.total[alive][:, None]
+        sums = self.power.sum(axis=1)
+        alive = sums > 0
+        shares = self.power[alive][:, filled] / sums[alive][:, None]
         scale = self.counts.sum() / max(1, alive.sum())
         return (self.frequencies / np.maximum(self.counts, 1))[filled], shares.sum(0) * scale / self.counts[filled]
 

@@ -82,6 +82,7 @@ def spectra(spaces: Mapping[str, Space]) -> bytes | None:
             axes.plot(frequency, np.maximum(power, 1e-12), line, color=f"C{number}", label=label, linewidth=1.4)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.tick_params(which="both", labelsize=7)
     axes.legend(fontsize=8, frameon=False)
     return _png(figure)
 

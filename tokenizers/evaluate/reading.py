@@ -116,7 +116,9 @@ class Read:
         return {key: self[key][kept] for key in ("latents", "tokens", "patches") if key in self}, labels[kept]
 
 
-def score(reader: Reader, setup: Setup, test: Read, train: Read | None, mesh: Mesh | None) -> dict[str, Value]:
+def score(
+    reader: Reader, setup: Setup, test: Read, train: Read | None, augmented: Read | None, mesh: Mesh | None
+) -> dict[str, Value]:
     """The numbers of a stream, or what each of them needs.
 
     Args:
@@ -124,11 +126,13 @@ def score(reader: Reader, setup: Setup, test: Read, train: Read | None, mesh: Me
       setup: how understanding is measured.
       test: the items that are evaluated.
       train: those that classifiers learn from, or ``None``.
+      augmented: those that linear ones learn from in their place, or ``None``.
       mesh: devices.
     """
     found: dict[str, Value] = {}
     for metric in reader.metrics:
-        measured = _FUNCTIONS[metric](reader, setup, test, train, mesh)
+        learned = augmented if metric == "linear_probe" and augmented is not None else train
+        measured = _FUNCTIONS[metric](reader, setup, test, learned, mesh)
         if isinstance(measured, str):
             measured = dict.fromkeys(_KEYS[metric], not_computed(measured))
         found |= measured

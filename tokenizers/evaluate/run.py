@@ -199,12 +199,12 @@ class _Loop:
         stream.reasons |= reasons
         return found
 
-    def _learn_from(self, name: str) -> reading.Read | None:
-        """What is read of the training data of a stream, if something learns from it."""
-        if self._setup.training is None or not self._reader.learns or "label" not in self._read[name]:
+    def _learn_from(self, name: str, batches) -> reading.Read | None:
+        """What is read of training data of a stream, if something learns from it."""
+        if batches is None or not self._reader.learns or "label" not in self._read[name]:
             return None
         found = reading.Read()
-        for batch in self._setup.training(name):
+        for batch in batches(name):
             pixels, valid = _checked(batch)
             given = self._reader.given(batch)
             pixels, valid, *rest = self._fill(pixels, valid, *given.values())
@@ -321,7 +321,8 @@ class _Loop:
     def _understood(self, name: str) -> dict[str, Any]:
         if not self._reader.metrics:
             return {}
-        return reading.score(self._reader, self._setup, self._read[name], self._learn_from(name), self._mesh)
+        train, augmented = (self._learn_from(name, data) for data in (self._setup.training, self._setup.augmented))
+        return reading.score(self._reader, self._setup, self._read[name], train, augmented, self._mesh)
 
     def _notes(self) -> list[str]:
         notes = []

@@ -96,25 +96,45 @@ def _described(source: pathlib.Path, config: Mapping[str, Any]) -> tuple[dict[st
     return {**run["data"], "labels": data["labels"] or run["data"].get("labels", False)}, run["seed"], True
 
 
+# An area of at least 8%, as the usual random crops of ImageNet's; larger pictures have room for it.
+_AUGMENTED = {"crop": "random", "zoom": (1.0, 3.5), "flip": True}
+
+
 def _understanding(source: pathlib.Path, config: Mapping[str, Any], classes: tuple[str, ...]) -> Setup:
     given = dict(config["understanding"])
-    names, place, limit = (given.pop(key) for key in ("class_names", "training", "training_items"))
+    names, place, limit, views = (given.pop(key) for key in ("class_names", "training", "training_items", "views"))
     if names:
         classes = tuple(line for line in pathlib.Path(names).expanduser().read_text().splitlines() if line)
     data, seed, separate = _described(source, config)
     if place:
         data = {**data, "source": "", "path": place, "sources": {}, "held_out": ""}
+    plain = {**data, "crop": "center", "zoom": (1.0, 1.0), "flip": False}
+
+    def pipelines(stream: str, changed: Mapping[str, Any]) -> tuple[Pipeline, Pipeline]:
+        own = {**changed, "streams": {stream: data["streams"][stream]}}
+        return tuple(_pipeline(own, seed, split) for split in ("once", "train"))
+
+    def taken(pipeline: Pipeline, items: int | None) -> Iterator[dict[str, Any]]:
+        size = pipeline.shapes[0][1][0]
+        with pipeline.batches() as batches:
+            yield from itertools.islice(batches, items and -(-items // size))
 
     def training(stream: str) -> Iterator[dict[str, Any]]:
-        own = {**data, "streams": {stream: data["streams"][stream]}}
-        every = _pipeline(own, seed, "once")
-        size = every.shapes[0][1][0]
-        if limit and limit < every.num_batches * size:
-            # Some of them, of all classes: folders come in order.
-            every = _pipeline({**own, "crop": "center", "zoom": (1.0, 1.0), "flip": False}, seed, "train")
-        with every.batches() as batches:
-            yield from itertools.islice(batches, -(-limit // size) if limit else None)
+        once, shuffled = pipelines(stream, plain)
+        # Some of them, of all classes: folders come in order.
+        return taken(shuffled, limit) if 0 < limit < _items(once) else taken(once, None)
 
+    def augmented(stream: str) -> Iterator[dict[str, Any]]:
+        once, shuffled = pipelines(stream, {**data, **_AUGMENTED})
+        return taken(shuffled, views * min(limit or _items(once), _items(once)))
+
+    given["epochs"] /= max(1, views)  # an epoch of the classifier is one view of each picture
     templates = tuple(given.pop("templates")) or TEMPLATES
     given = {key: tuple(value) if isinstance(value, (tuple, list)) else value for key, value in given.items()}
-    return Setup(classes, templates, training if separate or place else None, **given)
+    learns = separate or bool(place)
+    return Setup(classes, templates, training if learns else None, augmented if learns and views else None, **given)
+
+
+def _items(pipeline: Pipeline) -> int:
+    """At least as many as there are, by less than a batch."""
+    return pipeline.num_batches * pipeline.shapes[0][1][0]

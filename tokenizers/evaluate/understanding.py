@@ -46,6 +46,7 @@ class Setup:
       classes: names of the classes, in the order of the labels; empty where only numbers are known.
       templates: sentences around a name, which stands for ``{}``.
       training: stream name -> labelled batches that linear and nearest-neighbour classifiers learn from.
+      augmented: stream name -> random crops of the same pictures, that linear classifiers learn from in their place.
       blocks: numbers of last blocks whose class tokens a linear probe reads; the best is reported.
       epochs, batch_size, learning_rates: of linear probes. Rates are those for a batch of 256 and scale with it.
       neighbours, temperature: of nearest-neighbour classification.
@@ -55,6 +56,7 @@ class Setup:
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = TEMPLATES
     training: Callable[[str], Iterable[Mapping[str, Any]]] | None = None
+    augmented: Callable[[str], Iterable[Mapping[str, Any]]] | None = None
     blocks: tuple[int, ...] = (1, 4)
     epochs: float = 10
     batch_size: int = 256
@@ -159,8 +161,8 @@ def linear_probe(
 
     As DINOv2's ``eval/linear.py`` and VTP's: weights normal(0, 0.01), no bias at first, SGD with momentum 0.9 and no
     weight decay, a cosine to 0, rates times batch / 256. The best rate is found on the test set, as there: with 13 of
-    them that flatters a small test set. Unlike there, features are computed once, of one view of each picture.
-    In [0, 1], more is better.
+    them that flatters a small test set. Unlike there, features are computed before, and may be of fewer views of a
+    picture than there are epochs. In [0, 1], more is better.
     """
     rates = np.asarray(setup.learning_rates, np.float32) * (setup.batch_size / 256)
     rng = np.random.default_rng(setup.seed)
