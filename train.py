@@ -1,6 +1,7 @@
 """Train a tokenizer: ``python train.py --config=configs/quickstart.py``.
 
 Any field of the config can be set: ``--config.optimizer.lr=1e-4``. The same command goes on where a run stopped.
+``--dry_run --mesh=data:8,fsdp:8`` compiles its step for a mesh of devices that need not be there.
 """
 
 import pathlib
@@ -13,6 +14,8 @@ import tokenizers
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with an optional :argument.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<name of the config>.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step on virtual devices, and say its memory and traffic.")
+_MESH = flags.DEFINE_string("mesh", "", "In place of config.mesh: data:8,fsdp:8,context:1,split:height.")
 flags.mark_flag_as_required("config")
 
 
@@ -26,6 +29,10 @@ def main(argv):
     from tokenizers.train import loop
 
     config = _CONFIG.value
+    if _DRY_RUN.value or _MESH.value:
+        _change_mesh(config)
+    if _DRY_RUN.value:
+        return _dry_run(config)
     workdir = _WORKDIR.value or f"runs/{_config_name()}"
     try:
         finished = loop.run(config, workdir)
@@ -34,6 +41,26 @@ def main(argv):
             evaluation.mesh = config.mesh
             session.evaluate_checkpoint(workdir, evaluation)
     except (ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _change_mesh(config):
+    from tokenizers.train import dryrun
+
+    try:
+        config.mesh.update(dryrun.mesh_fields(_MESH.value))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def _dry_run(config):
+    from tokenizers.parallel import platform
+    from tokenizers.train import dryrun
+
+    platform.pretend(dryrun.devices(config.mesh))
+    try:
+        dryrun.report(config, lambda line: print(line, flush=True))
+    except ValueError as error:
         sys.exit(f"error: {error}")
 
 

@@ -44,7 +44,7 @@ def schedule(**changes) -> ConfigDict:
     config.end = 1.0
     config.steps = 1  # from start to end
     config.begin = 0  # steps before that
-    config.points = ()  # (step, value) pairs of a piecewise one
+    config.points = ()  # (step, value) pairs of a piecewise one, or of what another one does before `begin`
     return _changed(config, changes)
 
 

@@ -34,10 +34,10 @@ ALLOWED = {
     "train": FOUNDATION
     | {
         "parallel",
-        "registry",
-        "api",
-        "captions",
         "nn",
+        "registry",
+        "captions",
+        "api",
         "loading",
         "discriminators",
         "generators",

@@ -1,7 +1,9 @@
 """Pre-training of tokenizers that understand: VTP's joint objective against the authors' parts."""
 
 import dataclasses
+import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +13,18 @@ from reference import Case, cases, relative_l2
 from vitok_training import LPIPSWeights
 
 import tokenizers
-from configs import base
+from configs import base, vtp_large
 from tokenizers.losses import perceptual, reconstruction
 from tokenizers.models import vtp
 from tokenizers.networks.lpips import LPIPS
 from tokenizers.nn.heads import PrototypeHead
-from tokenizers.train import optim, pretraining
+from tokenizers.parallel import mesh as meshes
+from tokenizers.parallel.mesh import make_mesh
+from tokenizers.train import build, loop, optim, pretraining
+from tokenizers.train.config import flatten, to_dict
 from tokenizers.train.objective import Objective, Term, mean_reduction
 from tokenizers.train.state import new_state
+from tokenizers.train.step import make_step
 from tokenizers.train.views import Crops, Masks
 
 
@@ -213,3 +219,140 @@ def test_the_joint_objective_is_the_authors(name):
         value = found[key] if kept is None else found[key][tuple(slice(*entry) for entry in kept)]
         error = relative_l2(value.reshape(case.outputs[key].shape), case.outputs[key])
         assert error < (joint.tolerance.gradient if key.startswith("grad") else joint.tolerance.after), (key, error)
+
+
+# What holds without the originals ------------------------------------------------------------------------------------
+
+
+def tiny(**changes):
+    config = vtp_large.get_config("smoke")
+    tower = (("width", 16), ("layers", 1), ("heads", 2), ("context", 12), ("features", 16))
+    config.model.update({"encoder": (32, 1, 2), "decoder": (32, 1, 2), "latent_channels": 8, "text_tower": tower})
+    config.pretraining.distillation.head.update({"prototypes": 32, "hidden": 16, "bottleneck": 8})
+    config.data.streams.pairs.update({"resolutions": ((32, 32),)})
+    config.pretraining.distillation.whole.size = config.pretraining.distillation.parts.size = 32
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def trained(config, steps=2, **mesh):
+    """(state, metrics of every step) of a few steps on drawn shapes."""
+    config = to_dict(config)
+    mesh = make_mesh(**(mesh or {"devices": jax.devices()[:1]}))
+    data = build.data(config, 0, 1)
+    with jax.set_mesh(mesh):
+        recipe = build.recipe(config)
+        state, curve = build.initial_state(config, recipe, mesh), []
+        step = jax.jit(make_step(recipe), out_shardings=build.out_shardings(state, mesh))
+        with data.batches() as batches:
+            for _, batch in zip(range(steps), batches, strict=False):
+                inputs = {name: meshes.global_batch(mesh, array) for name, array in recipe.inputs(batch).items()}
+                state, metrics = step(state, {}, inputs)
+                curve.append(jax.device_get(metrics))
+    return jax.device_get(state), curve
+
+
+@pytest.mark.slow
+def test_eight_devices_do_what_one_does():
+    config = tiny(**{"mesh.smallest": 256})
+    alone, curve = trained(config)
+    spread, other = trained(config, data=2, fsdp=4)
+    for mine, theirs in zip(curve, other, strict=True):
+        chex.assert_trees_all_close(mine, theirs, rtol=1e-4)
+    # Adam divides by the size of a gradient: where that is nearly nothing, so is what two sums have in common.
+    chex.assert_trees_all_close(alone.teacher, spread.teacher, atol=1e-5)
+    assert {"loss/contrast", "loss/ibot", "loss/dino_local", "loss/dino_global", "loss/l1_imagenet"} <= curve[0].keys()
+
+
+def moved(config):
+    """Names of the parts of the model that one step changes, and the metrics of the step."""
+    recipe = build.recipe(to_dict(config))
+    first = jax.jit(recipe.initialize)()
+    state, curve = trained(config, steps=1)
+    names = state.params["model"].keys()
+    return {name for name in names if not _same(first.params["model"][name], state.params["model"][name])}, curve[0]
+
+
+def _same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+OFF = {
+    "contrast": {"pretraining.contrast.weight": 0.0, "model.clip": False},
+    "reconstruction": {"pretraining.reconstruction.weight": 0.0},
+    "distillation": {"pretraining.distillation.weight": 0.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", OFF)
+def test_each_objective_can_be_left_out(alone):
+    """And trains the parts that it is about."""
+    changes = {key: value for name, part in OFF.items() if name != alone for key, value in part.items()}
+    config = tiny(**changes, **{"optimizer.weight_decay": 0.0})
+    parts, metrics = moved(config)
+    encoder = {"trunk", "trunk_norm"}
+    expected = {
+        "contrast": encoder | {"visual_proj", "text_transformer", "logit_scale"},
+        "reconstruction": encoder | {"feature_bottleneck", "pixel_decoder"},
+        "distillation": encoder,
+    }
+    assert parts == expected[alone]
+    assert ("psnr" in metrics) == (alone == "reconstruction")
+    assert ("loss/ibot" in metrics) == (alone == "distillation")
+
+
+@pytest.mark.slow
+def test_centering_moves_its_centers_and_prototypes_wait():
+    changes = {f"pretraining.distillation.{name}": value for name, value in (("targets", "centering"), ("frozen", 1))}
+    config = tiny(**changes, **{"optimizer.weight_decay": 0.0})
+    recipe = build.recipe(to_dict(config))
+    first = jax.jit(recipe.initialize)().params["objective"]["head"]["prototypes"]
+    state, _ = trained(config, steps=1)
+    np.testing.assert_array_equal(state.params["objective"]["head"]["prototypes"], first)
+    assert all(np.any(center != 0) for center in state.teacher["centers"].values())
+    state, _ = trained(config, steps=2)
+    assert np.any(state.params["objective"]["head"]["prototypes"] != first)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_teacher(tmp_path):
+    """Bit for bit: a run that was asked to stop half way against one that was not."""
+    config = tiny(**{"evaluation.final_report": False})
+    loop.run(config, tmp_path / "whole")
+    half = tiny(**{"evaluation.final_report": False, "steps": 2})
+    for name in ("pretraining.distillation.momentum.steps", "optimizer.schedule"):
+        half.update_from_flattened_dict({name: dict(_flat(config))[name]})
+    loop.run(half, tmp_path / "parts")
+    loop.run(config, tmp_path / "parts")
+    whole, parts = (tokenizers.load(tmp_path / name).params for name in ("whole", "parts"))
+    chex.assert_trees_all_equal(whole, parts)
+
+
+def _flat(config):
+    return flatten(config.to_dict()).items()
+
+
+REFUSED = {
+    "contrast.weight=0 leaves the text tower untrained": {"pretraining.contrast.weight": 0.0},
+    "loss='siglip' needs config.model.clip_bias": {"pretraining.contrast.loss": "siglip"},
+    "Did you mean 'sinkhorn'": {"pretraining.distillation.targets": "sinkhorm"},
+    "gives no objective a weight": {key: value for part in OFF.values() for key, value in part.items()},
+    "batch_size=16 is no multiple": {"pretraining.reconstruction.every": 3},
+    "must divide the 16 whole views": {"pretraining.distillation.masks.group": 12},
+    "parts.size=24 is no multiple of 16": {"pretraining.distillation.parts.size": 24},
+    "config.accumulate=2 is not read by recipe 'pretraining'": {"accumulate": 2},
+    "config.discriminator.name='patchgan_2d' is not read": {"discriminator.name": "patchgan_2d"},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_does_not_fit_is_refused(message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build.recipe(to_dict(tiny(**REFUSED[message])))
+
+
+def test_contrast_needs_captions():
+    recipe = build.recipe(to_dict(tiny()))
+    with pytest.raises(ValueError, match="needs captions: set config.data.source"):
+        recipe.inputs({"pixels": np.zeros((16, 1, 32, 32, 3), np.uint8)})

@@ -115,3 +115,24 @@ def test_schedules_of_nothing_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             schedules.schedule(base.schedule(**changes))
+
+
+# Warm-up in straight lines, from and to the first and last of its steps, then half a cosine.
+DINOV2 = {
+    "lr": {"begin": 100, "start": 2e-4, "end": 1e-6, "steps": 900, "points": ((0, 0.0), (99, 2e-4))},
+    "teacher_momentum": {"start": 0.994, "end": 1.0, "steps": 1000},
+    "teacher_temp": {"kind": "piecewise", "points": ((0, 0.04), (299, 0.07))},
+    "wd_freeze": {
+        "begin": 30, "start": 0.04, "end": 0.4, "steps": 470,
+        "points": ((0, 0.0), (9, 0.0), (10, 0.01), (29, 0.04)),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DINOV2)
+def test_dinov2s_schedules_can_be_said(name):
+    case = Case("ssl", "schedules")
+    (given,) = (entry for entry in case.meta["config"]["schedules"] if entry["name"] == name)
+    value = schedules.schedule(base.schedule(**DINOV2[name]).to_dict())
+    found = [float(value(step)) for step in given["at"]]
+    np.testing.assert_allclose(found, case.outputs[name], rtol=2e-6, atol=1e-9)

@@ -178,7 +178,7 @@ def _mixture(name: str, given: Mapping[str, Any], top: Mapping[str, Any]) -> tup
         raise ValueError(f"stream {name!r}: sources (a mixture) and source or path exclude each other; leave one empty")
     if not several:
         kind = place.get("source") or ("auto" if place.get("path") else "embedded")
-        return (SourceSettings(kind, place.get("path", ""), 1.0, held_out, drawings),)
+        return (_with_path(SourceSettings(kind, place.get("path", ""), 1.0, held_out, drawings)),)
     accepted = {field.name for field in dataclasses.fields(SourceSettings)}
     mixture = []
     for key in sorted(several):
@@ -189,8 +189,22 @@ def _mixture(name: str, given: Mapping[str, Any], top: Mapping[str, Any]) -> tup
         if weight <= 0:
             raise ValueError(f"source {key!r}: weight must be positive, got {weight}")
         rest = (entry.get("held_out", held_out), entry.get("drawings", drawings))
-        mixture.append(SourceSettings(kind, entry.get("path", ""), weight, *rest))
+        mixture.append(_with_path(SourceSettings(kind, entry.get("path", ""), weight, *rest)))
     return tuple(mixture)
+
+
+_WITHOUT_PATH = ("embedded", "shapes")
+
+
+def _with_path(source: SourceSettings) -> SourceSettings:
+    if source.path or source.source in _WITHOUT_PATH:
+        return source
+    raise ValueError(
+        f"config.data.path is empty, and source {source.source!r} reads from disk: set it to a folder of images, "
+        "videos or images with texts (source images, videos, captions), or to shards (array_record, parquet, tar); "
+        "docs/data.md says what belongs in them. Configs run as they are, on embedded data, in their variant "
+        "':smoke': --config=configs/<name>.py:smoke."
+    )
 
 
 def held_out_fraction(held_out: str | float) -> float | None:

@@ -131,11 +131,16 @@ def load(
     """
     fields, file = pick("foundation model", name, FOUNDATION)
     module = VisionTransformer(**fields, dtype=dtype)
+    if path == weights.SHAPES:
+        return module, _shapes(module)
     return module, variables(module, read_state_dict(weights.find(file, path)))
 
 
 def variables(module: VisionTransformer, state_dict: Any) -> dict[str, Any]:
     """Variables of a module from an official state dict."""
+    return to_tree(names.TABLE, _shapes(module), names.plain_names(state_dict), ignore=names.IGNORE)
+
+
+def _shapes(module: VisionTransformer) -> dict[str, Any]:
     image = jax.ShapeDtypeStruct((1, 2 * STRIDE, 2 * STRIDE, 3), jnp.float32)
-    target = jax.eval_shape(module.init, jax.random.key(0), image)
-    return to_tree(names.TABLE, target, names.plain_names(state_dict), ignore=names.IGNORE)
+    return jax.eval_shape(module.init, jax.random.key(0), image)

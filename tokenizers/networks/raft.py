@@ -218,12 +218,17 @@ def load(path: str | pathlib.Path | None = None) -> tuple[RAFT, dict]:
     Args:
       path: torchvision's raft_large file; ``None`` looks in ``$TOKENIZERS_WEIGHTS``.
     """
+    if path == weights.SHAPES:
+        return RAFT(), _shapes()
     state = read_state_dict(weights.find("raft_large", path))
     return RAFT(), from_official(state)
 
 
 def from_official(state: dict[str, Any]) -> dict[str, Any]:
     """Variables of `RAFT` from torchvision's state dict."""
+    return to_tree(TABLE, _shapes(), state, ignore=IGNORE)
+
+
+def _shapes() -> dict[str, Any]:
     picture = jax.ShapeDtypeStruct((1, 128, 128, 3), jnp.float32)
-    target = jax.eval_shape(RAFT().init, jax.random.key(0), picture, picture)
-    return to_tree(TABLE, dict(target), state, ignore=IGNORE)
+    return dict(jax.eval_shape(RAFT().init, jax.random.key(0), picture, picture))

@@ -99,6 +99,10 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
+# In place of a path: loaders give shapes for arrays, for programs that are compiled and never run.
+SHAPES = "shapes"
+
+
 def find(name: str, path: str | pathlib.Path | None = None) -> pathlib.Path:
     """The file that holds the weights ``name``, one of `PUBLISHED`.
 

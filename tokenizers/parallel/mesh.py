@@ -80,6 +80,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch."""
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
+
+
 def global_batch(mesh: Mesh, local: np.ndarray) -> jax.Array:
     """One global array from the rows of the batch that each process has loaded (`batch_share`).
 
@@ -92,5 +97,5 @@ def global_batch(mesh: Mesh, local: np.ndarray) -> jax.Array:
             f"a batch of {total} items cannot be split over {parts} devices (mesh {dict(mesh.shape)}); "
             f"use a multiple of {parts}."
         )
-    placement = NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
+    placement = batch_sharding(mesh)
     return jax.make_array_from_process_local_data(placement, local, (total, *local.shape[1:]))

@@ -81,3 +81,9 @@ def enable_compilation_cache(folder: str | None) -> pathlib.Path | None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     return path
+
+
+def pretend(devices: int) -> None:
+    """Makes so many virtual devices of the CPU; only before the first use of jax, and only to compile for them."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from .. import api, errors, loading, registry
+from ..data import settings
 from ..data.latents import LatentPipeline
 from ..data.pipeline import Pipeline
 from ..discriminators import blur, dino, patchgan, stylegan, tats
@@ -60,6 +61,11 @@ class HeldOut(Protocol):
         """(score, more is better; scores by name; pictures by name; clips by name)."""
 
 
+def _checked(config: Mapping) -> Mapping:
+    settings.resolve(config["data"])
+    return config
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """What can be trained: what a run of it is made of, from its config.
@@ -69,14 +75,14 @@ class Kind:
       weights: variables of ``config.init_from``.
       data: its batches.
       held_out: who judges it while it is trained, if anybody does.
-      resolve: the config with what its data decide.
+      resolve: the config with what its data decide; refuses wrong settings before anything is set up.
     """
 
     recipe: Callable[[Mapping], Trainable]
     weights: Callable[[Mapping], Mapping[str, Any]]
     data: Callable[..., Any] = Pipeline
     held_out: Callable[[Mapping, Trainable, Mesh], HeldOut] | None = preview.HeldOut
-    resolve: Callable[[Mapping], Mapping] = lambda config: config
+    resolve: Callable[[Mapping], Mapping] = _checked
 
 
 def kind(config: Mapping) -> Kind:

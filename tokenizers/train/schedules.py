@@ -51,7 +51,9 @@ KINDS = {"cosine": _cosine, "linear": _linear, "exponential": _exponential, "pie
 
 
 def schedule(config: Mapping) -> optax.Schedule:
-    """``step -> float32 value`` of one ``base.schedule``; before its first step it has the first value.
+    """``step -> float32 value`` of one ``base.schedule``.
+
+    Before its first step, ``begin``, it follows the straight lines between ``points``, or has its first value.
 
     Raises:
       ValueError: for an unknown kind, and for numbers that make no schedule.
@@ -59,7 +61,14 @@ def schedule(config: Mapping) -> optax.Schedule:
     if config["steps"] < 1 or config["begin"] < 0:
         raise ValueError(f"a schedule needs steps >= 1 and begin >= 0, got {config['steps']} and {config['begin']}.")
     run = errors.pick("kind of schedule", config["kind"], KINDS)(config)
-    return lambda step: jnp.float32(run(jnp.maximum(jnp.float32(step) - config["begin"], 0.0)))
+
+    def value(step: jax.Array) -> jax.Array:
+        return jnp.float32(run(jnp.maximum(jnp.float32(step) - config["begin"], 0.0)))
+
+    if not config["points"] or config["kind"] == "piecewise":
+        return value
+    before = _piecewise(config)
+    return lambda step: jnp.where(step < config["begin"], before(step), value(step))
 
 
 @dataclasses.dataclass(frozen=True)
