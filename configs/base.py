@@ -102,6 +102,16 @@ def data(**changes) -> ConfigDict:
     return config
 
 
+def _locked(config: ConfigDict) -> ConfigDict:
+    """From here on a misspelt field is refused, where fields are not free."""
+    config.lock()
+    schedules = (config.schedules.loss, config.schedules.model)
+    models = (config.model, config.loss.tokens.model, config.init_parts)
+    for free in (*models, config.loss.bottleneck, config.data.streams, config.data.sources, *schedules):
+        free.unlock()
+    return config
+
+
 def get_pretraining_base() -> ConfigDict:
     """`get_base` for models that understand (tokenizers/train/pretraining.py), with VTP's objectives and weights.
 
@@ -138,11 +148,7 @@ def get_pretraining_base() -> ConfigDict:
     ssl.parts.count = 8
     # Of a group of views, a share is masked, by ratios from the smallest to the largest. Open; DINOv2's.
     ssl.masks = ConfigDict({"group": 16, "share": 0.5, "ratios": (0.1, 0.5), "aspect": 0.3, "smallest": 4})
-    config.lock()
-    schedules = (config.schedules.loss, config.schedules.model)
-    for free in (config.model, config.loss.bottleneck, config.data.streams, config.data.sources, *schedules):
-        free.unlock()
-    return config
+    return _locked(config)
 
 
 def get_base() -> ConfigDict:
@@ -251,12 +257,7 @@ def get_base() -> ConfigDict:
     config.checkpoint = ConfigDict({"every": 1000, "keep_last": 2, "keep_best": 1})  # every=0: only at the end
     config.evaluation = ConfigDict({"every": 1000, "max_items": 64, "final_report": True})  # every=0: at the end
     config.profile = ConfigDict({"start": 0, "steps": 0})  # write a profiler trace of that many steps
-    config.lock()  # from here on a misspelt field is refused
-    schedules = (config.schedules.loss, config.schedules.model)
-    models = (config.model, config.loss.tokens.model, config.init_parts)
-    for free in (*models, config.loss.bottleneck, config.data.streams, config.data.sources, *schedules):
-        free.unlock()
-    return config
+    return _locked(config)
 
 
 def latents(**changes) -> ConfigDict:
