@@ -241,6 +241,30 @@ def test_baselines_spend_no_more_bits_than_the_tokenizer(alone):
             assert row["bits_per_pixel"] <= budget * (1 + 1e-6) or "over the budget" in row["note"]
 
 
+class FrontFilled(PatchTokenizer):
+    """Pairs of frames, as they are; copies of the first frame go in front of an odd clip, and come out there."""
+
+    @property
+    def spec(self):
+        return Spec((2, 1, 1), 6, None, causal=True, video=True, last_layer="", fills_front=True)
+
+    def encode(self, pixels):
+        clip = jnp.asarray(pixels, jnp.float32) / 127.5 - 1
+        clip = jnp.concatenate([clip[:, :1]] * (clip.shape[1] % 2) + [clip], axis=1)
+        return Encoding(jnp.concatenate([clip[:, ::2], clip[:, 1::2]], axis=-1))
+
+    def decode(self, latents):
+        return jnp.stack(jnp.split(latents, 2, axis=-1), axis=2).reshape(len(latents), -1, *latents.shape[2:-1], 3)
+
+
+def test_frames_that_fill_the_front_are_not_scored():
+    results = run.evaluate(FrontFilled(), [{"pixels": CLIPS}], metrics=("psnr",), baseline_items=0)
+    assert results["overall"]["psnr"] > 100
+    blocks = np.repeat(np.repeat(CLIPS, 2, axis=2), 2, axis=3)
+    results = run.evaluate(FrontFilled(), [{"pixels": blocks}], metrics=("scale_equivariance",), baseline_items=0)
+    assert results["overall"]["scale_psnr"] > 100
+
+
 def test_wrong_requests_are_refused():
     with pytest.raises(ValueError, match="Did you mean 'tokenbench'"):
         run.evaluate(PatchTokenizer(), [], protocol="tokenbnch")

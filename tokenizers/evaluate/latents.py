@@ -16,6 +16,7 @@ import numpy as np
 import scipy.special
 
 from ..parallel import platform
+from ..pixels import cropped
 from ..types import Encoding, Spec
 from .distances import GaussianStatistics
 
@@ -178,18 +179,17 @@ def halved(x: Array) -> Array:  # (... h w c) -> (... h/2 w/2 c)
 
 
 @platform.jit
-def scale_psnr(reference: Array, decoded: Array) -> Array:
+def scale_psnr(small: Array, decoded: Array) -> Array:
     """PSNR in dB of decoded halved latents against the halved picture, ``(B,)``; more is better.
 
     EQ-VAE's equivariance (https://arxiv.org/abs/2502.09509, equation 4) as a number: latents that mean the same at
     every scale give the small picture. The plain PSNR says what the tokenizer can do at best.
 
     Args:
-      reference: uint8 ``(B, T, H, W, 3)``.
-      decoded: float [-1, 1], at least ``(B, T, H // 2, W // 2, 3)``; the rest is cut off.
+      small: levels of the halved picture, 0 to 255, ``(B, T, H // 2, W // 2, 3)``.
+      decoded: float [-1, 1] of that shape.
     """
-    small = halved(reference)
-    levels = (jnp.clip(decoded[:, : small.shape[1], : small.shape[2], : small.shape[3]], -1, 1) + 1) * 127.5
+    levels = (jnp.clip(decoded, -1, 1) + 1) * 127.5
     return 10 * jnp.log10(255.0**2 / jnp.maximum(jnp.square(levels - small).mean((1, 2, 3, 4)), 1e-8))
 
 
@@ -269,8 +269,11 @@ def look(
     if "scale_equivariance" in wanted:
         reasons["scale_psnr"] = scale_reason(encoding, tokenizer.spec, getattr(tokenizer, "module", None))
         if not reasons["scale_psnr"]:
+            small = halved(reference)
             decoded = tokenizer.decode(halved(encoding.latents))
-            per_item["scale_psnr"] = scale_psnr(reference, decoded[:, None] if decoded.ndim == 4 else decoded)
+            shape = small.shape if decoded.ndim == 5 else (small.shape[0], *small.shape[2:])
+            decoded = cropped(tokenizer.spec, decoded, shape)
+            per_item["scale_psnr"] = scale_psnr(small, decoded[:, None] if decoded.ndim == 4 else decoded)
     return _measure(wanted, reference, encoding.latents, valid), per_item, {k: v for k, v in reasons.items() if v}
 
 

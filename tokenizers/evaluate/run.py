@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ..errors import pick, unknown
 from ..parallel import mesh as meshes
 from ..parallel import multihost
+from ..pixels import cropped
 from . import baselines, codebook, features, latents, pixel_metrics, reading, report
 from .collect import Stream, comparison, summarize
 from .pictures import Sample
@@ -178,9 +179,9 @@ class _Loop:
             jax.block_until_ready(self._tokenizer.decode(self._tokenizer.encode(taken).latents))
         encoding = _timed(stream.seconds["encode"], frames, lambda: self._tokenizer.encode(taken))
         decoded = _timed(stream.seconds["decode"], frames, lambda: self._tokenizer.decode(encoding.latents))
-        decoded = decoded[:, None] if decoded.ndim == 4 else decoded
         # What was padded to fit the compression is cut off again.
-        return encoding, decoded[:, : reference.shape[1], : reference.shape[2], : reference.shape[3]]
+        decoded = cropped(self._tokenizer.spec, decoded, tuple(taken.shape))
+        return encoding, decoded[:, None] if decoded.ndim == 4 else decoded
 
     def _measure(self, stream: Stream, reference, reconstruction, encoding):
         names = [name for name in ("psnr", "ssim", "ms_ssim") if name in self._metrics]
