@@ -20,10 +20,12 @@ def main(argv):
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries below log every file they touch
     from tokenizers.evaluate import session
+    from tokenizers.generation import blackbox
 
+    evaluation = blackbox if "budget" in _CONFIG.value else session  # configs/generation_blackbox.py, or all others
     try:
-        session.evaluate_checkpoint(_CHECKPOINT.value, _CONFIG.value, _OUT.value)
-    except ValueError as error:
+        evaluation.evaluate_checkpoint(_CHECKPOINT.value, _CONFIG.value, _OUT.value)
+    except (ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

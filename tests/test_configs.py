@@ -35,7 +35,16 @@ def accepted_arguments(name):
 
 
 TRAINING = [
-    (name, argument) for name in NAMES if not name.startswith("eval_") for argument in (None, *accepted_arguments(name))
+    (name, argument)
+    for name in NAMES
+    if not name.startswith(("eval_", "generation_"))
+    for argument in (None, *accepted_arguments(name))
+]
+GENERATORS = [
+    (name, argument)
+    for name in NAMES
+    if name.startswith("generation_lightningdit")
+    for argument in (None, *accepted_arguments(name))
 ]
 # The weights of what judges reconstructions and latents are files.
 WITHOUT_FILES = {
@@ -113,6 +122,24 @@ def test_configs_keep_to_the_schema(name, argument):
         compare(stream, base.stream(), f"data.streams.{key}.")
 
 
+@pytest.mark.parametrize(("name", "argument"), GENERATORS, ids=lambda value: str(value))
+def test_generators_keep_to_their_schema_and_take_a_step_at_full_size(name, argument):
+    config, schema = load(name, argument), base.get_generator()
+    assert set(config) == set(schema)
+    for part in ("optimizer", "flow", "data", "mesh", "log", "checkpoint"):
+        assert set(config[part]) == set(schema[part])
+    config.model.update({"grid": (16, 16), "channels": 32, "classes": 1000})  # as the latents' folder would say
+    config = config.to_dict()
+    recipe, mesh = build.recipe(config), make_mesh(devices=jax.devices()[:1])
+    build.check_batches([("latents", (config["data"]["batch_size"], 16, 16, 32))], recipe, mesh)
+    with jax.set_mesh(mesh):
+        state = build.abstract_state(config, recipe, mesh)
+        inputs = recipe.inputs_of((config["data"]["batch_size"], 16, 16, 32))
+        new, metrics = jax.eval_shape(make_step(recipe), state, {}, inputs)
+    assert jax.tree.map(lambda a, b: a.shape == b.shape, new, state)
+    assert set(metrics) >= {"loss/generator", "loss/flow", "loss/cosine", "learning_rate"}
+
+
 @each_traced
 def test_configs_take_a_step_at_full_size(name, argument):
     """The whole step is traced for every batch shape, with shapes in place of arrays: nothing is allocated."""
@@ -156,7 +183,9 @@ def test_the_evaluation_config_names_what_exists():
     assert accepted_arguments("eval_default") == []
 
 
-@each_config
+@pytest.mark.parametrize(
+    ("name", "argument"), [*TRAINING, *GENERATORS, ("generation_blackbox", None)], ids=lambda value: str(value)
+)
 def test_no_field_hides_behind_a_method(name, argument):
     """A field called like a method of ConfigDict (``items``, ``keys``, ...) cannot be set on the command line."""
 
