@@ -294,6 +294,8 @@ def test_what_is_learned_from_is_not_what_is_evaluated(tmp_path):
     setup = session._understanding(tmp_path, config, ())
     assert setup.epochs == 1, "two epochs, of one view each"
     assert sum(len(batch["label"]) for batch in setup.augmented("input")) == 32  # twice twelve, in whole batches
+    with pytest.raises(ValueError, match="labels mean other classes"):
+        list(session._understanding(tmp_path, config, ("a", "b")).training("input"))
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
     config["understanding"]["class_names"] = str(tmp_path / "names.txt")
     assert session._understanding(tmp_path, config, ()).classes == ("a", "b", "c", "d")

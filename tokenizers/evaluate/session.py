@@ -103,6 +103,7 @@ _AUGMENTED = {"crop": "random", "zoom": (1.0, 3.5), "flip": True}
 def _understanding(source: pathlib.Path, config: Mapping[str, Any], classes: tuple[str, ...]) -> Setup:
     given = dict(config["understanding"])
     names, place, limit, views = (given.pop(key) for key in ("class_names", "training", "training_items", "views"))
+    tested = classes
     if names:
         classes = tuple(line for line in pathlib.Path(names).expanduser().read_text().splitlines() if line)
     data, seed, separate = _described(source, config)
@@ -112,7 +113,13 @@ def _understanding(source: pathlib.Path, config: Mapping[str, Any], classes: tup
 
     def pipelines(stream: str, changed: Mapping[str, Any]) -> tuple[Pipeline, Pipeline]:
         own = {**changed, "streams": {stream: data["streams"][stream]}}
-        return tuple(_pipeline(own, seed, split) for split in ("once", "train"))
+        once, shuffled = (_pipeline(own, seed, split) for split in ("once", "train"))
+        if tested and once.classes and tested != once.classes:
+            raise ValueError(
+                f"labels mean other classes in the data to learn from ({len(once.classes)} classes, {once.classes[:3]}"
+                f"...) than in the evaluated data ({len(tested)} classes, {tested[:3]}...)."
+            )
+        return once, shuffled
 
     def taken(pipeline: Pipeline, items: int | None) -> Iterator[dict[str, Any]]:
         size = pipeline.shapes[0][1][0]
