@@ -182,11 +182,13 @@ def get_base() -> ConfigDict:
     config.loss.perceptual_path = ""  # weight file; default: $TOKENIZERS_WEIGHTS
     config.loss.convnext_weight = 0.0  # squared difference of ConvNeXt-S logits (MaskBit, TiTok)
     config.loss.convnext_path = ""  # its weight file; default: $TOKENIZERS_WEIGHTS
+    config.loss.vgg_hidden_weight = 0.0  # squared difference of VGG16's last hidden layer (phenaki-pytorch)
     config.loss.content_weight = 0.0  # difference of VGG16 features (Cosmos)
     config.loss.gram_weight = 0.0  # difference of their Gram matrices: texture, style
     # Of VGG16's relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 in these two (Cosmos's); 0 leaves a layer out.
     config.loss.vgg_layers = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
-    config.loss.vgg_path = ""  # VGG16 weight file for these two; default: $TOKENIZERS_WEIGHTS
+    config.loss.vgg_path = ""  # VGG16 weight file for these three; default: $TOKENIZERS_WEIGHTS
+    config.loss.frames = "all"  # of a clip, for the losses above: all, or one of each clip, drawn anew: one
     config.loss.flow_weight = 0.0  # difference of optical flow in clips of at least 256 x 256 pixels (Cosmos)
     config.loss.flow_path = ""  # RAFT weight file for it; default: $TOKENIZERS_WEIGHTS
     config.loss.consistency = ConfigDict()  # clips as overlapping windows whose reconstructions should agree (Cosmos)
@@ -212,12 +214,14 @@ def get_base() -> ConfigDict:
     config.loss.equivariance.smaller = 0.0  # of the other steps, the share that sees smaller images
     config.loss.equivariance.scales = (0.25, 0.5, 0.75)  # each must lead to whole latents; each is compiled once
     config.loss.equivariance.anisotropic = False  # height and width scaled independently
+    # Each step sees its pixels at one of these scales (OmniTokenizer); each is compiled once.
+    config.loss.resolutions = ()
 
     config.schedules = ConfigDict({"loss": {}, "model": {}})  # by term of loss.bottleneck; by field, e.g. temperature
 
     # What holds when it starts (docs/gan_training.md); configs of papers begin with `undamped`.
     config.discriminator = ConfigDict()
-    # patchgan_2d, patchgan_3d, blur_2d, maskbit_2d, stylegan_2d, stylegan_3d, tats_2d, tats_3d, dino_2d
+    # patchgan_2d, patchgan_3d, blur_2d, maskbit_2d, phenaki_2d, stylegan_2d, stylegan_3d, tats_2d, tats_3d, dino_2d
     # (channels=0: those of the network); None = no adversarial loss
     config.discriminator.name = placeholder(str)
     config.discriminator.network = "dinov2_small"  # frozen, of dino_2d: dinov2_small, dinov2_base, dinov2_large
@@ -227,6 +231,7 @@ def get_base() -> ConfigDict:
     config.discriminator.norm = "group"  # batch, actnorm, group, none
     config.discriminator.generator_loss = "hinge"  # hinge, vanilla, non_saturating
     config.discriminator.discriminator_loss = "hinge"
+    config.discriminator.frames = "all"  # of a clip: all, one (drawn as for config.loss.frames)
     config.discriminator.clips_only = False  # True: batches of images do not see it (OmniTokenizer)
     config.discriminator.start = 0  # first step that trains it
     config.discriminator.generator_start = 0  # first step whose generator sees it
@@ -234,12 +239,14 @@ def get_base() -> ConfigDict:
     config.discriminator.weight = 0.1
     config.discriminator.adaptive = True  # lambda from the gradients at the decoder's last layer (VQGAN)
     config.discriminator.adaptive_max = 10.0
+    config.discriminator.against = "reconstruction"  # whose gradients: reconstruction, or its perceptual terms alone
     config.discriminator.factor = 1.0
     config.discriminator.lecam_weight = 0.001
     config.discriminator.lecam_decay = 0.999
     config.discriminator.lecam = "patches"  # patches: of each logit, anchors move first; means: of mean logits, TiTok
     config.discriminator.r1_weight = 0.0
     config.discriminator.r1_every = 16
+    config.discriminator.r1_norm = 0.0  # length of the gradient that costs nothing; 1 for WGAN-GP
     config.discriminator.feature_matching_weight = 0.0  # of its hidden features, added to the generator's loss
     config.discriminator.ema_decay = 0.0  # of an average of its parameters, kept in checkpoints; 0 = none
     config.discriminator.fresh_forward = False  # True: the generator runs again, updated, before its turn (VQGAN)

@@ -16,14 +16,14 @@ A stage starts from the one before through `next_stage` of tokenizers/models/omn
 The authors' scripts/recons/train.sh: 4 clips or 8 images on each of 32 GPUs in turn, 500,000 batches, 17 frames; the
 paper says two weeks on 8 A100. Released weights: rFID 1.23, rFVD 25.97 (Kinetics-600); as a VAE 0.78 and 13.02.
 Every batch is an update here; the authors add up the gradients of a clip and an image batch, and as they do it their
-discriminator hardly trains. LPIPS sees all frames of a clip here, one of each there.
+discriminator hardly trains. Generator and discriminator see a batch at one scale here, at two there.
 Their pixels span half of ours: their weight 4 of L1 is 2 here, and their LPIPS sees half the contrast, here all of it.
 LPIPS needs its weight files (docs/convert_weights.md).
 """
 
 from configs import base
 
-SIZES = ((128, 128), (192, 192), (256, 256), (320, 320))
+SIZES = ((256, 256),)
 
 
 def get_config(arg=None):
@@ -40,6 +40,8 @@ def get_config(arg=None):
     config.loss.reconstruction_weight = 2.0
     config.loss.perceptual = "lpips_vgg"
     config.loss.perceptual_weight = 4.0
+    config.loss.frames = "one"
+    config.loss.resolutions = (0.5, 0.75, 1.0, 1.25)
     if arg == "vae":
         config.loss.bottleneck.kl = 1e-6
     else:
@@ -66,6 +68,7 @@ def get_config(arg=None):
     if arg == "smoke":  # a minute, on embedded photographs that a virtual camera moves, without the weights of LPIPS
         config.steps = 40
         config.loss.perceptual = None
+        config.loss.resolutions = ()
         config.model.bottleneck = {"name": "vq", "codebook_size": 64, "code_dim": 8}
         config.loss.bottleneck.codebook = 1.0
         config.model.update({"patch": (2, 4, 4), "width": 64, "encoder_blocks": "tw", "decoder_blocks": "t"})

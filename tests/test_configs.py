@@ -50,6 +50,7 @@ GENERATORS = [
 WITHOUT_FILES = {
     "perceptual": None,
     "convnext_weight": 0.0,
+    "vgg_hidden_weight": 0.0,
     "content_weight": 0.0,
     "gram_weight": 0.0,
     "alignment": {"network": None},
@@ -145,6 +146,7 @@ def test_configs_take_a_step_at_full_size(name, argument):
     """The whole step is traced for every batch shape, with shapes in place of arrays: nothing is allocated."""
     config = load(name, argument)
     config.loss.update(without_files(config.loss))
+    config.discriminator.against = "reconstruction"  # no perceptual terms are left
     if config.data.source not in ("", "embedded", "shapes"):  # neither is the data
         source = "shapes" if config.recipe == "pretraining" else "embedded"
         config.data.update({"source": source, "path": "", "virtual_camera": True})
@@ -164,7 +166,9 @@ def test_configs_take_a_step_at_full_size(name, argument):
 def test_batches_fit_the_compression(name, argument):
     """Training pixels are neither padded nor cropped."""
     config = load(name, argument).to_dict()
-    spec = build.recipe(config | {"loss": config["loss"] | without_files(config["loss"])}).model.spec
+    judge = config["discriminator"] | {"against": "reconstruction"}
+    config |= {"loss": config["loss"] | without_files(config["loss"]), "discriminator": judge}
+    spec = build.recipe(config).model.spec
     time, height, width = spec.compression
     for stream in config["data"]["streams"].values():
         assert (stream["frames"] - spec.first_frame_alone) % time == 0 or not spec.video

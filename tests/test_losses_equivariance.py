@@ -8,7 +8,7 @@ import pytest
 from reference import Case, cases, relative_l2
 from test_model_eqvae import stored, transform_of
 
-from tokenizers.losses.equivariance import Draw, Equivariance, Transform, draw, resize
+from tokenizers.losses.equivariance import Draw, Equivariance, Resolutions, Transform, resize
 
 # Positions are float64 here and float32 there. Observed on CPU: 5e-7.
 OUTPUT = 1e-5
@@ -51,7 +51,7 @@ def test_a_turn_is_clockwise():
 
 def test_draws_have_the_probabilities_of_the_rule():
     rng, rule = np.random.default_rng(0), Equivariance()
-    drawn = [draw(rule, rng) for _ in range(4000)]
+    drawn = [rule.draw(rng) for _ in range(4000)]
     latents = [d.latents for d in drawn if d.latents != Transform()]
     smaller = [d.pixels.scale for d in drawn if d.pixels != Transform()]
     # Five standard deviations of a share of 4000.
@@ -61,9 +61,9 @@ def test_draws_have_the_probabilities_of_the_rule():
     assert collections.Counter(t.turns for t in latents).keys() == {1, 2, 3}
     assert {t.scale for t in latents} == {(k / 32, k / 32) for k in range(8, 32)}
     assert all(height == width for height, width in smaller)
-    both = [draw(Equivariance(1.0, anisotropic=True), rng).latents.scale for _ in range(200)]
+    both = [Equivariance(1.0, anisotropic=True).draw(rng).latents.scale for _ in range(200)]
     assert sum(height != width for height, width in both) > 150
-    assert draw(Equivariance(0.0, 0.0), rng) == Draw()
+    assert Equivariance(0.0, 0.0).draw(rng) == Draw()
 
 
 def test_what_cannot_be_resized_is_refused():
@@ -71,3 +71,23 @@ def test_what_cannot_be_resized_is_refused():
         resize(jnp.zeros((3, 8, 1)), (0.25, 1.0))
     with pytest.raises(ValueError, match=r"\(height|height, width, channels\), got shape \(3, 8\)"):
         resize(jnp.zeros((3, 8)), (0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", cases("omnitokenizer", "resize_.*"))
+def test_resolutions_are_those_of_omnitokenizer(name):
+    case = Case("omnitokenizer", name)
+    pixels, scales = case.input("video") * 2, tuple(case.meta["training"]["scales"])  # theirs are half as large
+    drawn = {
+        draw.pixels.scale: draw for draw in (Resolutions(scales).draw(np.random.default_rng(i)) for i in range(20))
+    }
+    assert sorted(drawn) == sorted(scales)
+    for scale, draw in drawn.items():
+        assert draw.latents == Transform()
+        found = draw.pixels(pixels) / 2
+        # float32 sums of four numbers
+        assert relative_l2(found, case.outputs[f"x{scale}"]) < 1e-6
+        np.testing.assert_allclose(
+            found[:, [0, 0, -1, -1], [0, -1, 0, -1]], pixels[:, [0, 0, -1, -1], [0, -1, 0, -1]] / 2
+        )
+    whole = Resolutions((1.0,)).draw(np.random.default_rng(0)).pixels(pixels)
+    np.testing.assert_array_equal(whole, pixels)

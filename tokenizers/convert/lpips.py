@@ -49,6 +49,14 @@ def trunk_table(net: str, prefix: str = "params/") -> tuple[Rule, ...]:
     return tuple(rules)
 
 
+# VGG-16 up to its last hidden layer.
+VGG_HIDDEN = (
+    *trunk_table("vgg", "params/trunk/"),
+    Rule(r"params/fc1/\w+", "classifier.0.{leaf}"),
+    Rule(r"params/fc2/\w+", "classifier.3.{leaf}"),
+)
+
+
 def table(net: str) -> tuple[Rule, ...]:
     """Rules of the whole LPIPS network."""
     return (*trunk_table(net, "params/trunk/"), LIN_RULE)

@@ -140,23 +140,27 @@ def lecam_of_means(
 LECAM = MappingProxyType({"patches": lecam_update, "means": lecam_of_means})
 
 
-def r1_penalty(discriminator: Callable[[Array], Array], real: Array) -> Array:
-    """mean over items of |d sum(logits of the item) / d pixels|^2 -> float32 scalar, without weight and without 1/2.
+def r1_penalty(discriminator: Callable[[Array], Array], real: Array, norm: float = 0.0) -> Array:
+    """mean over items of (|d sum(logits of the item) / d pixels| - norm)^2 -> float32 scalar, without weight or 1/2.
 
-    Mescheder et al., https://arxiv.org/abs/1801.04406, equation 9 (there: weight gamma / 2; MaskGIT and MAGVIT: 10).
+    Mescheder et al., https://arxiv.org/abs/1801.04406, equation 9 (there: weight gamma / 2; MaskGIT and MAGVIT: 10);
+    with a norm of 1 the penalty of Gulrajani et al., https://arxiv.org/abs/1704.00028, at real pixels.
 
     Args:
       discriminator: pixels -> logits, parameters closed over, e.g. ``lambda x: d.apply(variables, x)``. Its items must
         not influence each other, or the sum over the batch mixes their gradients: with batch normalisation use the
         running statistics (``train=False``).
       real: real pixels ``(N, ...)``.
+      norm: length of an item's gradient that is not penalised.
     """
 
     def total(pixels: Array) -> Array:
         return jnp.sum(discriminator(pixels).astype(jnp.float32))
 
     slope = jax.grad(total)(real).astype(jnp.float32)
-    return jnp.sum(jnp.square(slope)) / real.shape[0]
+    squares = jnp.sum(jnp.square(slope.reshape(real.shape[0], -1)), axis=1)
+    # The root has no gradient at 0, where R1 needs none of it.
+    return jnp.mean(jnp.square(jnp.sqrt(jnp.maximum(squares, 1e-16)) - norm) if norm else squares)
 
 
 def feature_matching(real_features: Sequence[Array], fake_features: Sequence[Array]) -> Array:

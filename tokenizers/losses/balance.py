@@ -87,6 +87,7 @@ def balanced_pull(
     last_layer: str,
     active: Array | float,
     auxiliary: Array,
+    reference: Array | None = None,
 ) -> tuple[PyTree, BalanceState]:
     """Gradient of ``reconstruction loss + lambda * active * adversarial loss + auxiliary`` for the parameters.
 
@@ -104,12 +105,15 @@ def balanced_pull(
       last_layer: path of the kernel in ``params``, e.g. ``"decoder/conv_out/kernel"`` (`Spec.last_layer`).
       active: the schedule's factor of this step.
       auxiliary: the second output of ``model(params)``; only its shape and dtype are read.
+      reference: cotangent, there too, of the loss whose gradient is compared with the adversarial one; ``None`` is
+        ``reconstruction``.
 
     Returns:
       (gradients, the tree of ``params``; new state).
     """
     zero, one = jnp.zeros_like(auxiliary), jnp.ones_like(auxiliary)
-    at_last_layer = tuple(parameter(pull((cotangent, zero))[0], last_layer) for cotangent in (reconstruction, gan))
+    compared = (reconstruction if reference is None else reference, gan)
+    at_last_layer = tuple(parameter(pull((cotangent, zero))[0], last_layer) for cotangent in compared)
     cotangent, state = balance.update(reconstruction, state, gan=gan, last=at_last_layer, active=active)
     (gradients,) = pull((cotangent, one))
     return gradients, state

@@ -45,7 +45,7 @@ class Transform:
 class Draw:
     """What one pass through the autoencoder does: `Transform` of its input, and of latents and target."""
 
-    pixels: Transform = Transform()
+    pixels: Transform | Rescale = Transform()
     latents: Transform = Transform()
 
 
@@ -65,16 +65,40 @@ class Equivariance:
     scales: tuple[float, ...] = tuple(k / 32 for k in range(8, 32))
     anisotropic: bool = False
 
+    def draw(self, rng: np.random.Generator) -> Draw:
+        """What the next pass does. The probability is that of the code; the paper's is of its contrary."""
+        if rng.random() < self.probability:
+            height = _any(self.scales, rng)
+            width = _any(self.scales, rng) if self.anisotropic else height
+            return Draw(latents=Transform((height, width), int(rng.integers(1, 4))))
+        if rng.random() < self.smaller:
+            return Draw(pixels=Transform((_any(self.scales, rng),) * 2))
+        return Draw()
 
-def draw(rule: Equivariance, rng: np.random.Generator) -> Draw:
-    """What the next pass does. The probability is that of the code; the paper's is of its contrary."""
-    if rng.random() < rule.probability:
-        height = _scale(rule, rng)
-        width = _scale(rule, rng) if rule.anisotropic else height
-        return Draw(latents=Transform((height, width), int(rng.integers(1, 4))))
-    if rng.random() < rule.smaller:
-        return Draw(pixels=Transform((_scale(rule, rng),) * 2))
-    return Draw()
+
+@dataclasses.dataclass(frozen=True)
+class Rescale:
+    """Resizes ``(..., H, W, C)``, height and width by one factor, see `resize_between_corners`."""
+
+    scale: float
+
+    def __call__(self, x: Array) -> Array:  # (... h w c) -> (... h' w' c)
+        return x if self.scale == 1 else resize_between_corners(x, self.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolutions:
+    """Every pass sees its clips at one of several resolutions (OmniTokenizer, https://arxiv.org/abs/2406.09399).
+
+    Attributes:
+      scales: factors of height and width, equally likely.
+    """
+
+    scales: tuple[float, ...]
+
+    def draw(self, rng: np.random.Generator) -> Draw:
+        """What the next pass does."""
+        return Draw(pixels=Rescale(_any(self.scales, rng)))
 
 
 def resize(x: Array, scale: tuple[float, float]) -> Array:
@@ -95,6 +119,25 @@ def resize(x: Array, scale: tuple[float, float]) -> Array:
     return x.astype(dtype)
 
 
+def resize_between_corners(x: Array, scale: float) -> Array:
+    """Bilinear, without antialiasing; the corner pixels keep their colours: ``(..., H, W, C) -> (..., H', W', C)``.
+
+    PyTorch's ``interpolate(mode="bilinear", align_corners=True)`` to floor(H * scale) and floor(W * scale): position i
+    reads at ``i * (H - 1) / (H' - 1)``. Computed in float32.
+    """
+    dtype = x.dtype
+    for axis in (-3, -2):
+        old = x.shape[axis]
+        new = int(old * scale)
+        if new < 1:
+            raise ValueError(f"scale {scale} leaves nothing of {old} positions.")
+        at = np.arange(new, dtype=np.float32) * np.float32((old - 1) / max(new - 1, 1))
+        weights = _between(at, old)
+        x = jnp.tensordot(weights, x.astype(jnp.float32), ((1,), (x.ndim + axis,)), precision=jax.lax.Precision.HIGHEST)
+        x = jnp.moveaxis(x, 0, axis)
+    return x.astype(dtype)
+
+
 def _weights(old: int, factor: float) -> np.ndarray:
     """``(new, old)`` float32."""
     new = math.floor(old * factor)
@@ -102,7 +145,12 @@ def _weights(old: int, factor: float) -> np.ndarray:
         raise ValueError(f"scale {factor} leaves nothing of {old} positions.")
     # In float32, like the authors' code: the L1 loss turns an error of 1e-6 of a pixel into another gradient.
     step, half = np.float32(1 / factor), np.float32(0.5)
-    at = np.maximum(step * (np.arange(new, dtype=np.float32) + half) - half, np.float32(0))
+    return _between(np.maximum(step * (np.arange(new, dtype=np.float32) + half) - half, np.float32(0)), old)
+
+
+def _between(at: np.ndarray, old: int) -> np.ndarray:
+    """Weights of the two neighbours of every place: ``(new,) -> (new, old)`` float32."""
+    new = len(at)
     low = np.minimum(np.floor(at).astype(int), old - 1)
     high, part = np.minimum(low + 1, old - 1), at - low
     matrix = np.zeros((new, old), np.float32)
@@ -111,5 +159,5 @@ def _weights(old: int, factor: float) -> np.ndarray:
     return matrix
 
 
-def _scale(rule: Equivariance, rng: np.random.Generator) -> float:
-    return rule.scales[int(rng.integers(len(rule.scales)))]
+def _any(scales: tuple[float, ...], rng: np.random.Generator) -> float:
+    return scales[int(rng.integers(len(scales)))]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ..networks import convnext
 from ..networks.convnext import ConvNeXt
 from ..networks.lpips import LPIPS
-from ..networks.vgg import VGG16, standardize
+from ..networks.vgg import VGG16, VGG16Hidden, standardize
 
 Array = jax.Array
 Loss = Callable[[Array, Array], Array]
@@ -88,6 +88,20 @@ def convnext_loss(module: ConvNeXt, variables: Any) -> Loss:
     def loss(prediction: Array, target: Array) -> Array:
         one, other = (module.apply(frozen, convnext.standardize(_frames(pixels))) for pixels in (prediction, target))
         return jnp.square(one - other).mean()
+
+    return loss
+
+
+def hidden_loss(module: VGG16Hidden, variables: Any) -> Loss:
+    """``(prediction, target) -> scalar``: mean squared difference of VGG-16's last hidden layer (phenaki-pytorch).
+
+    As that code does, the network reads pixels in [0, 1], without the mean and deviation it was trained with.
+    """
+    frozen = _on_device(variables)
+
+    def loss(prediction: Array, target: Array) -> Array:
+        one, other = (module.apply(frozen, (_frames(pixels) + 1) / 2) for pixels in (prediction, target))
+        return jnp.square(one.astype(jnp.float32) - other.astype(jnp.float32)).mean()
 
     return loss
 

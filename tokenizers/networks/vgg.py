@@ -8,10 +8,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..convert.engine import to_tree
 from ..convert.files import read_state_dict
-from ..convert.lpips import IGNORE, torchvision_names, trunk_table
+from ..convert.lpips import IGNORE, VGG_HIDDEN, torchvision_names, trunk_table
 from ..nn.conv import Conv2d
 from . import weights
 
@@ -49,6 +50,48 @@ class VGG16(nn.Module):
                 x = nn.relu(Conv2d(width, 3, padding=1, dtype=self.dtype, name=f"conv{stage}_{i}")(x))
             taps.append(x)
         return tuple(taps)
+
+
+class VGG16Hidden(nn.Module):
+    """VGG-16 up to its last hidden layer: the convolutions, 7 x 7 means, two dense layers with ReLU.
+
+    Parameters ``trunk`` (of `VGG16`), ``fc1``, ``fc2``.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # (b h w 3) -> (b 4096)
+        x = VGG16(self.dtype, name="trunk")(x)[-1]
+        x = mean_grid(nn.max_pool(x, (2, 2), (2, 2)), 7)
+        x = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)  # in torchvision's order
+        for name in ("fc1", "fc2"):
+            x = nn.relu(nn.Dense(4096, dtype=self.dtype, name=name)(x))
+        return x
+
+
+def mean_grid(x: Array, size: int) -> Array:
+    """Means of ``(B, H, W, C)`` over a grid of ``size x size`` cells of nearly equal size, as close as pixels allow.
+
+    Cell i of n pixels has those from floor(i n / size) to ceil((i + 1) n / size): PyTorch's ``AdaptiveAvgPool2d``.
+    """
+    for axis in (1, 2):
+        n = x.shape[axis]
+        cells = np.zeros((size, n), np.float32)
+        for i in range(size):
+            cell = slice(i * n // size, -(-(i + 1) * n // size))
+            cells[i, cell] = 1 / (cell.stop - cell.start)
+        x = jnp.moveaxis(jnp.tensordot(jnp.asarray(cells, x.dtype), x, ((1,), (axis,))), 0, axis)
+    return x
+
+
+def load_hidden(path: str | pathlib.Path | None = None, dtype: Any = jnp.float32) -> tuple[VGG16Hidden, dict]:
+    """Like `load`, up to the last hidden layer; torchvision's file."""
+    module = VGG16Hidden(dtype=dtype)
+    target = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    return module, to_tree(
+        VGG_HIDDEN, target, read_state_dict(weights.find("vgg16", path)), ignore=(r"classifier\.6\..*",)
+    )
 
 
 def load(path: str | pathlib.Path | None = None, dtype: Any = jnp.float32) -> tuple[VGG16, dict]:

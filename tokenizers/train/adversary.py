@@ -11,11 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .. import errors
 from .. import pixels as pixel_values
 from ..losses import adversarial
 from ..parallel.constrain import whole
 from . import optim
+from .frames import View, all_frames
 from .state import AdversaryState
+
+AGAINST = ("reconstruction", "perceptual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +41,16 @@ class Adversary:
       lecam: ``(state, real logits, fake logits, decay) -> (penalty, state)``, of `adversarial.LECAM`.
       feature_matching_weight: of the distance of its hidden features, added to ``generator_loss``.
       r1_weight, r1_every: gradient penalty on real pixels, every so many steps; weight 0 leaves it out.
+      r1_norm: length of the gradient at which that penalty is zero.
       ema_decay: of an average of its parameters; 0 keeps none.
       clips_only: batches of single frames do without it.
       fresh_forward: run the generator again, with its updated parameters, for the discriminator's loss (VQGAN);
         otherwise the reconstruction of the generator's pass serves both (VidTok).
       leads: its turn comes first, and the generator's pass faces the updated discriminator (IBQ).
       runs: whether this program runs it at all, see `Recipe.at`.
+      frames: of a clip, which ones it sees, of `frames.FRAMES`.
+      against: the adaptive weight compares its gradient with that of the ``reconstruction`` loss, or of its
+        ``perceptual`` terms alone.
       ramp: steps from ``generator_start`` on over which its part in the generator's loss grows from 0 to all of it.
     """
 
@@ -68,6 +76,13 @@ class Adversary:
     network: str = ""
     lecam: Callable = adversarial.lecam_update
     example: tuple[int, ...] = ()
+    frames: Callable[[jax.Array, tuple[int, ...]], View] = all_frames
+    against: str = "reconstruction"
+    r1_norm: float = 0.0
+
+    def __post_init__(self):
+        if self.against not in AGAINST:
+            raise errors.unknown("loss that the adversarial one is weighed against", self.against, AGAINST)
 
     def seen(self, step: jax.Array) -> jax.Array:
         """How much of the adversarial loss the generator sees at that step, in [0, 1]."""
@@ -154,7 +169,7 @@ def _r1(adversary: Adversary, params, statistics, frozen, real, step):
     def penalty():
         # Running statistics: with those of the batch its items would influence each other.
         variables = _variables(adversary, params, statistics, frozen)
-        return adversarial.r1_penalty(lambda x: adversary.module.apply(variables, x), real)
+        return adversarial.r1_penalty(lambda x: adversary.module.apply(variables, x), real, adversary.r1_norm)
 
     due = step % adversary.r1_every == 0
     value = jax.lax.cond(due, penalty, lambda: jnp.zeros((), jnp.float32))

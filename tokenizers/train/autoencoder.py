@@ -20,8 +20,8 @@ import optax
 
 from .. import pixels as pixel_values
 from .. import registry
-from ..losses import alignment, balance, equivariance
-from ..losses.equivariance import Draw, Equivariance, Transform
+from ..losses import alignment, balance
+from ..losses.equivariance import Draw, Equivariance, Resolutions, Transform
 from ..parallel.constrain import constrain, whole
 from . import adversary as adversaries
 from . import optim
@@ -47,7 +47,7 @@ class Recipe(OfPixels):
     accumulate: int
     schedules: Schedules = Schedules()
     frozen: tuple[str, ...] = ()  # regular expressions over parameter paths, as in the optimizer
-    equivariance: Equivariance | None = None  # how often latents and pixels are transformed
+    equivariance: Equivariance | Resolutions | None = None  # how often latents and pixels are transformed
     # Of this program: the generator's pass, and the one before the discriminator's turn (``fresh_forward``).
     draws: tuple[Draw, Draw] = (Draw(), Draw())
 
@@ -99,7 +99,7 @@ class Recipe(OfPixels):
         recipe = self
         if self.equivariance is not None:
             rng = np.random.default_rng((self.seed, step))
-            recipe = dataclasses.replace(recipe, draws=(equivariance.draw(self.equivariance, rng),) * 2)
+            recipe = dataclasses.replace(recipe, draws=(self.equivariance.draw(rng),) * 2)
         if self.adversary is not None:
             adversary = dataclasses.replace(self.adversary, runs=step >= self.adversary.start)
             recipe = dataclasses.replace(recipe, adversary=adversary)
@@ -181,12 +181,16 @@ def _own_turn(recipe: Recipe, params, model_state, opponent, frozen, step, micro
     def oppose(carry, inputs):
         model_state, opponent = carry
         pixels, index = inputs
-        rngs = _rngs(jax.random.fold_in(key, first_key + index))
+        own_key = jax.random.fold_in(key, first_key + index)
+        rngs = _rngs(own_key)
         seen = draw.pixels(pixel_values.to_float(pixels))
         target = reconstruction = draw.latents(seen)
         if adversary.runs:
             (reconstruction, _), model_state = _forward(recipe, params, model_state, seen, rngs, step, draw.latents)
-        grads, opponent, metrics = adversaries.learn(adversary, opponent, frozen, step, reconstruction, target)
+        view = adversary.frames(_frames_key(own_key), target.shape)
+        grads, opponent, metrics = adversaries.learn(
+            adversary, opponent, frozen, step, view(reconstruction), view(target)
+        )
         return (model_state, opponent), (grads, metrics)
 
     (model_state, opponent), (grads, metrics) = _mean_over_micro_batches(oppose, (model_state, opponent), micro)
@@ -214,6 +218,10 @@ def _mean_over_micro_batches(body, carry, micro: jax.Array):
 def _rngs(key) -> dict[str, jax.Array]:
     bottleneck, dropout = jax.random.split(key)
     return {"bottleneck": bottleneck, "dropout": dropout}
+
+
+def _frames_key(key) -> jax.Array:
+    return jax.random.fold_in(key, 2)  # beside the two of `_rngs`
 
 
 def apply_to_clips(model: nn.Module, variables: Mapping, pixels: jax.Array, **options):
@@ -265,7 +273,10 @@ def _decode_transformed(model: nn.Module, pixels: jax.Array, train: bool, transf
 
 
 def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, frozen, pixels, key):
-    """(gradients, model state, adversary state, (reconstruction, target), metrics) of one micro-batch."""
+    """(gradients, model state, adversary state, (reconstruction, target), metrics) of one micro-batch.
+
+    Reconstruction and target are what the discriminator sees of them.
+    """
     names = ("batch", "time", "height", "width", "channel")
     draw, objective = recipe.draws[0], recipe.objective
     seen = constrain(draw.pixels(pixel_values.to_float(pixels)), *names)
@@ -286,8 +297,9 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
     (reconstruction, regularization, aligned), pull, (model_state, bottleneck) = jax.vjp(
         model, state.params, has_aux=True
     )
+    view = objective.frames(_frames_key(key), target.shape)
     (value, parts), (cotangent, objective_grads) = jax.value_and_grad(
-        lambda y, own: objective.reconstruction(y, target, frozen, own), argnums=(0, 1), has_aux=True
+        lambda y, own: objective.reconstruction(y, target, frozen, own, view), argnums=(0, 1), has_aux=True
     )(reconstruction, state.params["objective"])
     weight = _alignment_weight(objective.alignment, pull, cotangent)
     metrics = {f"loss/{name}": part for name, part in (parts | bottleneck).items()}
@@ -301,7 +313,14 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
 
     adversary = recipe.adversary
     if adversary is not None:
-        fooling, cotangent_gan, opponent = adversaries.fool(adversary, opponent, frozen, reconstruction, target)
+        look, reference = adversary.frames(_frames_key(key), target.shape), None
+        seen_target, (seen_reconstruction, pull_seen) = look(target), jax.vjp(look, reconstruction)
+        fooling, cotangent_gan, opponent = adversaries.fool(
+            adversary, opponent, frozen, seen_reconstruction, seen_target
+        )
+        (cotangent_gan,) = pull_seen(cotangent_gan)
+        if adversary.against == "perceptual":
+            reference = jax.grad(lambda y: objective.perception(y, target, frozen, view))(reconstruction)
         grads, weight_state = balance.balanced_pull(
             pull_both,
             adversary.weight,
@@ -311,7 +330,9 @@ def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, fr
             last_layer=f"model/{recipe.model.spec.last_layer}",
             active=adversary.factor * adversary.seen(state.step),
             auxiliary=regularization,
+            reference=reference,
         )
+        reconstruction, target = seen_reconstruction, seen_target
         opponent = opponent.replace(balance=weight_state)
         metrics |= {"loss/fooling": fooling, "adaptive_weight": weight_state.weight}
     else:

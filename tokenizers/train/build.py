@@ -15,7 +15,7 @@ from .. import api, errors, loading, registry
 from ..data import settings
 from ..data.latents import LatentPipeline
 from ..data.pipeline import Pipeline
-from ..discriminators import blur, dino, patchgan, stylegan, tats
+from ..discriminators import blur, dino, patchgan, phenaki, stylegan, tats
 from ..losses import adversarial, balance, equivariance
 from ..networks import foundation
 from ..parallel import platform, rules
@@ -23,6 +23,7 @@ from ..parallel.mesh import batch_parts, replicated
 from . import matching, objective, optim, pretraining_config, preview, schedules
 from .adversary import Adversary
 from .autoencoder import Recipe
+from .frames import FRAMES
 from .state import TrainState
 from .step import Trainable
 
@@ -46,6 +47,7 @@ _DISCRIMINATORS = {
     "patchgan_3d": _trained(patchgan.patchgan_3d),
     "blur_2d": _trained(blur.blur_2d),
     "maskbit_2d": _trained(blur.maskbit_2d),
+    "phenaki_2d": _trained(phenaki.phenaki_2d),
     "stylegan_2d": _trained(stylegan.stylegan_2d),
     "stylegan_3d": _trained(stylegan.stylegan_3d),
     "tats_2d": _trained(tats.tats_2d),
@@ -123,6 +125,11 @@ def _autoencoder(config: Mapping) -> Recipe:
             f"config.loss.reconstruction={config['loss']['reconstruction']!r} has no pixels that a discriminator or "
             "transformations could see: leave them out."
         )
+    if adversary is not None and adversary.against == "perceptual" and not any(t.perceptual for t in minimised.terms):
+        raise ValueError(
+            "config.discriminator.against='perceptual' needs a perceptual loss: config.loss has none of perceptual, "
+            "convnext_weight, vgg_hidden_weight, content_weight, gram_weight."
+        )
     if network is not None:  # the step takes all frozen networks as one argument
         frozen = dict(minimised.frozen) | {adversary.network: network}
         minimised = dataclasses.replace(minimised, frozen=frozen)
@@ -138,7 +145,7 @@ def _autoencoder(config: Mapping) -> Recipe:
         accumulate=config["accumulate"],
         schedules=schedules.build(config["schedules"], model, config["loss"]["bottleneck"]),
         frozen=tuple(config["optimizer"]["frozen"]),
-        equivariance=_equivariance(config["loss"]["equivariance"], model),
+        equivariance=_transformations(config, model),
     )
 
 
@@ -165,6 +172,25 @@ KINDS = {
 }
 
 
+def _transformations(config: Mapping, model) -> equivariance.Equivariance | equivariance.Resolutions | None:
+    scales = tuple(config["loss"]["resolutions"])
+    found = _equivariance(config["loss"]["equivariance"], model)
+    if not scales:
+        return found
+    if found is not None:
+        raise ValueError("config.loss.resolutions and config.loss.equivariance exclude each other.")
+    for name, stream in config["data"]["streams"].items():
+        for scale in scales:
+            for size in stream["resolutions"]:
+                height, width = (int(side * scale) for side in size)
+                shape = (1, height, width, 3) if not model.spec.video else (1, stream["frames"], height, width, 3)
+                try:
+                    pixels.fitted(model.spec, getattr(model, "input_size", None), shape, strict=True)
+                except ValueError as error:
+                    raise ValueError(f"config.loss.resolutions has {scale}, stream {name!r}: {error}") from error
+    return equivariance.Resolutions(scales)
+
+
 def _equivariance(config: Mapping, model) -> equivariance.Equivariance | None:
     if not config["probability"] and not config["smaller"]:
         return None
@@ -186,10 +212,11 @@ def model_fields(config: Mapping) -> tuple[str, dict[str, Any]]:
     return fields.pop("name"), fields
 
 
-def _example(streams: Mapping) -> tuple[int, ...]:
+def _example(streams: Mapping, frames: str) -> tuple[int, ...]:
     """Shape of pixels that a discriminator's parameters are made for."""
     height, width = next(iter(streams.values()))["resolutions"][0]
-    return (1, max(stream["frames"] for stream in streams.values()), height, width, 3)
+    longest = max(stream["frames"] for stream in streams.values())
+    return (1, 1 if frames == "one" else longest, height, width, 3)
 
 
 def _adversary(config: Mapping, dtype) -> tuple[Adversary | None, Any]:
@@ -232,7 +259,10 @@ def _adversary(config: Mapping, dtype) -> tuple[Adversary | None, Any]:
         ramp=part["ramp"],
         network="" if network is None else "discriminator",
         clips_only=part["clips_only"],
-        example=_example(config["data"]["streams"]),
+        example=_example(config["data"]["streams"], part["frames"]),
+        frames=errors.pick("frames of a clip", part["frames"], FRAMES),
+        against=part["against"],
+        r1_norm=part["r1_norm"],
     )
     return adversary, network
 

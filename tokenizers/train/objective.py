@@ -16,6 +16,7 @@ from .. import api, errors, loading, registry
 from ..losses import alignment, consistency, flow, perceptual, reconstruction, tokens
 from ..networks import convnext, foundation, lpips, raft, vgg, weights
 from ..types import Spec
+from .frames import FRAMES, View, all_frames
 
 Metrics = dict[str, jax.Array]
 # (prediction, target, frozen variables) -> scalar
@@ -24,12 +25,21 @@ TermFunction = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One weighted part of the reconstruction loss; ``network`` names the frozen network it reads."""
+    """One weighted part of the reconstruction loss.
+
+    Attributes:
+      name: in metrics.
+      weight: in the sum.
+      function: the part, unweighted.
+      network: names the frozen network it reads.
+      perceptual: it compares what a network sees in single frames.
+    """
 
     name: str
     weight: float
     function: TermFunction
     network: str = ""
+    perceptual: bool = False
 
 
 def mean_reduction(total: jax.Array, target: jax.Array, params: Mapping) -> jax.Array:
@@ -143,6 +153,7 @@ class Objective:
       windows: in which clips enter the network, or ``None``: whole. Their disagreement counts as a bottleneck's losses.
       method: of the model, which gives what the terms compare and the encoding; by default its call: pixels.
       quality: ``(prediction, target, frozen variables) -> metrics`` that are only shown.
+      frames: of a clip, which ones the perceptual terms see, of `frames.FRAMES`.
     """
 
     terms: tuple[Term, ...]
@@ -154,12 +165,26 @@ class Objective:
     windows: Windows | None = None
     method: str = "__call__"
     quality: Callable[[jax.Array, jax.Array, Any], Metrics] = of_pixels
+    frames: Callable[[jax.Array, tuple[int, ...]], View] = all_frames
 
-    def reconstruction(self, prediction, target, frozen, params) -> tuple[jax.Array, Metrics]:
-        """Loss of a reconstruction ``(B, T, H, W, C)`` in [-1, 1] against its target, and its parts."""
-        parts = {term.name: term.function(prediction, target, frozen.get(term.network)) for term in self.terms}
+    def reconstruction(self, prediction, target, frozen, params, view: View = lambda clips: clips):
+        """``(loss, its parts)`` of a reconstruction ``(B, T, H, W, C)`` in [-1, 1] against its target.
+
+        ``view`` gives what perceptual terms see, see `frames`.
+        """
+        parts = {term.name: self._part(term, prediction, target, frozen, view) for term in self.terms}
         total = sum(term.weight * parts[term.name] for term in self.terms)
         return self.reduction(total, target, params), parts
+
+    def perception(self, prediction, target, frozen, view: View) -> jax.Array:
+        """The weighted sum of the perceptual terms alone."""
+        terms = [term for term in self.terms if term.perceptual]
+        return sum(term.weight * self._part(term, prediction, target, frozen, view) for term in terms)
+
+    def _part(self, term: Term, prediction, target, frozen, view: View) -> jax.Array:
+        if term.perceptual:
+            prediction, target = view(prediction), view(target)
+        return term.function(prediction, target, frozen.get(term.network))
 
     def regularization(
         self, losses: Mapping[str, jax.Array], scheduled: Mapping[str, jax.Array] | None = None
@@ -202,10 +227,15 @@ def build(config: Mapping, spec: Spec | None = None) -> Objective:
     if config["perceptual"] is not None:
         net = errors.pick("perceptual loss", config["perceptual"], {"lpips_vgg": "vgg", "lpips_alex": "alex"})
         distance, frozen["lpips"] = lpips.load(config["perceptual_path"] or None, net)
-        terms.append(Term("lpips", config["perceptual_weight"], _with(perceptual.lpips_loss, distance), "lpips"))
+        terms.append(Term("lpips", config["perceptual_weight"], _with(perceptual.lpips_loss, distance), "lpips", True))
     if config["convnext_weight"]:
         classes, frozen["convnext"] = convnext.load(config["convnext_path"] or None)
-        terms.append(Term("convnext", config["convnext_weight"], _with(perceptual.convnext_loss, classes), "convnext"))
+        loss = _with(perceptual.convnext_loss, classes)
+        terms.append(Term("convnext", config["convnext_weight"], loss, "convnext", True))
+    if config["vgg_hidden_weight"]:
+        hidden, frozen["vgg_hidden"] = vgg.load_hidden(config["vgg_path"] or None)
+        loss = _with(perceptual.hidden_loss, hidden)
+        terms.append(Term("vgg_hidden", config["vgg_hidden_weight"], loss, "vgg_hidden", True))
     if config["content_weight"] or config["gram_weight"]:
         features, frozen["vgg"] = vgg.load(config["vgg_path"] or None)
         layers = tuple(config["vgg_layers"])
@@ -216,7 +246,7 @@ def build(config: Mapping, spec: Spec | None = None) -> Objective:
             )
         for name, loss in (("content", perceptual.content_loss), ("gram", perceptual.gram_loss)):
             weighted = functools.partial(loss, layer_weights=layers)
-            terms.append(Term(name, config[f"{name}_weight"], _with(weighted, features), "vgg"))
+            terms.append(Term(name, config[f"{name}_weight"], _with(weighted, features), "vgg", True))
     if config["flow_weight"]:
         motion, frozen["raft"] = raft.load(config["flow_path"] or None)
         # Statistics of the batch in its norms, as in the authors' training.
@@ -228,14 +258,23 @@ def build(config: Mapping, spec: Spec | None = None) -> Objective:
     if config["alignment"]["network"] is not None:
         aligned, frozen["foundation"], params["alignment"] = _alignment(config["alignment"], spec)
     windows, weights = _windows(config["consistency"], spec)
-    return Objective(tuple(terms), reduction, {**config["bottleneck"], **weights}, frozen, params, aligned, windows)
+    return Objective(
+        tuple(terms),
+        reduction,
+        {**config["bottleneck"], **weights},
+        frozen,
+        params,
+        aligned,
+        windows,
+        frames=errors.pick("frames of a clip", config["frames"], FRAMES),
+    )
 
 
 # A value of config.loss.reconstruction: not pixels are compared, but guesses of another tokenizer's tokens.
 TOKENS = "tokens"
 _PIXEL_TERMS = {
-    "perceptual": None, "convnext_weight": 0.0, "content_weight": 0.0, "gram_weight": 0.0, "flow_weight": 0.0,
-    "reduction": "mean",
+    "perceptual": None, "convnext_weight": 0.0, "vgg_hidden_weight": 0.0, "content_weight": 0.0, "gram_weight": 0.0,
+    "flow_weight": 0.0, "reduction": "mean",
 }  # fmt: skip
 
 
