@@ -68,7 +68,7 @@ def small():
         ("discriminator", {"against": "l1"}, "weighed against 'l1'"),
         ("discriminator", {"frames": "some"}, "frames of a clip 'some'"),
         ("loss", {"frames": "first"}, "frames of a clip 'first'"),
-        ("loss", {"resolutions": (0.5, 0.99)}, "config.loss.resolutions has 0.99, stream 'image'"),
+        ("loss", {"resolutions": (0.5,), "equivariance": {"probability": 0.5}}, "exclude each other"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -87,3 +87,6 @@ def test_resolutions_are_programs_of_their_own():
     drawn = {recipe.at(step).program for step in range(20)}
     assert len(drawn) == 2
     assert recipe.at(3).program == recipe.at(3).program
+    recipe.check((2, 1, 64, 64, 3))
+    with pytest.raises(ValueError, match=r"config.loss.resolutions has 0.5: .*\(2, 1, 36, 32, 3\)"):
+        recipe.check((2, 1, 72, 64, 3))

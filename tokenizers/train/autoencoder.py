@@ -83,6 +83,15 @@ class Recipe(OfPixels):
         told = ["with the discriminator"] if self.program[0] else []
         return told + ([] if self.equivariance is None else [str(self.draws[0])])
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        for scale in self.equivariance.scales if isinstance(self.equivariance, Resolutions) else ():
+            scaled = (*shape[:2], *(int(side * scale) for side in shape[2:4]), shape[4])
+            try:
+                super().check(scaled)
+            except ValueError as error:
+                raise ValueError(f"config.loss.resolutions has {scale}: {error}") from error
+
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {"pixels": np.ascontiguousarray(batch["pixels"])}
 

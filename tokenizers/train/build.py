@@ -145,7 +145,7 @@ def _autoencoder(config: Mapping) -> Recipe:
         accumulate=config["accumulate"],
         schedules=schedules.build(config["schedules"], model, config["loss"]["bottleneck"]),
         frozen=tuple(config["optimizer"]["frozen"]),
-        equivariance=_transformations(config, model),
+        equivariance=_transformations(config["loss"], model),
     )
 
 
@@ -173,21 +173,11 @@ KINDS = {
 
 
 def _transformations(config: Mapping, model) -> equivariance.Equivariance | equivariance.Resolutions | None:
-    scales = tuple(config["loss"]["resolutions"])
-    found = _equivariance(config["loss"]["equivariance"], model)
+    scales, found = tuple(config["resolutions"]), _equivariance(config["equivariance"], model)
     if not scales:
         return found
     if found is not None:
         raise ValueError("config.loss.resolutions and config.loss.equivariance exclude each other.")
-    for name, stream in config["data"]["streams"].items():
-        for scale in scales:
-            for size in stream["resolutions"]:
-                height, width = (int(side * scale) for side in size)
-                shape = (1, height, width, 3) if not model.spec.video else (1, stream["frames"], height, width, 3)
-                try:
-                    pixels.fitted(model.spec, getattr(model, "input_size", None), shape, strict=True)
-                except ValueError as error:
-                    raise ValueError(f"config.loss.resolutions has {scale}, stream {name!r}: {error}") from error
     return equivariance.Resolutions(scales)
 
 
