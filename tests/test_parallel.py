@@ -4,14 +4,15 @@ import os
 import signal
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tokenizers.parallel import flops, multihost, platform, rules
 from tokenizers.parallel import mesh as meshes
-from tokenizers.parallel import multihost, platform, rules
 from tokenizers.parallel.constrain import constrain, whole
 
 # --- mesh
@@ -232,3 +233,29 @@ def test_a_program_of_the_package_goes_into_a_users_own_transformations():
     assert float(jax.jit(lambda: square(np.arange(3.0)))()) == 5.0  # nothing that is given to it is traced
     chex.assert_trees_all_close(jax.grad(square)(x), 2 * x)
     chex.assert_trees_all_close(jax.vmap(square)(x[:, None]), x**2)
+
+
+def test_operations_are_those_that_are_written_down():
+    """Products in loops count as often as they run; a gradient costs two products for each one of the value."""
+
+    def layers(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
+
+    x, w = jnp.ones((16, 32)), jnp.ones((5, 32, 32))
+    forward = 5 * 2 * 16 * 32 * 32
+    assert flops.count(jax.make_jaxpr(layers)(x, w)) == forward
+    # The first layer's input needs no gradient, but the loop does not know its first layer.
+    assert flops.count(jax.make_jaxpr(jax.grad(layers, argnums=1))(x, w)) == 3 * forward
+    remat = jax.grad(jax.checkpoint(lambda x, w: jnp.tanh(x @ w).sum()))
+    assert flops.count(jax.make_jaxpr(remat)(x, w[0])) == 3 * 2 * 16 * 32 * 32  # twice forward, once back
+
+
+@pytest.mark.parametrize(("strides", "groups"), [((1, 1), 1), ((2, 2), 1), ((1, 1), 4)])
+def test_gradients_of_convolutions_cost_what_they_cost(strides, groups):
+    conv = nn.Conv(8, (3, 3), strides=strides, feature_group_count=groups)
+    x = jnp.ones((2, 16, 16, 4))
+    variables = jax.eval_shape(conv.init, jax.random.key(0), x)
+    loss = lambda variables, x: (conv.apply(variables, x) ** 2).sum()  # noqa: E731
+    once = 2 * (2 * 16 * 16 // strides[0] ** 2) * 8 * 9 * 4 // groups
+    assert flops.count(jax.make_jaxpr(loss)(variables, x)) == once
+    assert flops.count(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(variables, x)) == 3 * once

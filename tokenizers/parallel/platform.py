@@ -64,6 +64,7 @@ def jit(function: Callable, **options: Any) -> Callable:
         return (nested if traced else outermost())(*args, **kwargs)
 
     call.lower = lambda *args, **kwargs: outermost().lower(*args, **kwargs)
+    call.trace = lambda *args, **kwargs: outermost().trace(*args, **kwargs)
     call.cache_size = lambda: outermost()._cache_size()
     return call
 

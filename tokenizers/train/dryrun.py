@@ -16,8 +16,8 @@ import jax
 
 from .. import errors
 from ..networks import weights
+from ..parallel import flops, traffic
 from ..parallel import mesh as meshes
-from ..parallel import traffic
 from . import build
 from . import config as configs
 from .step import make_step
@@ -30,7 +30,7 @@ class Program:
     Attributes:
       inputs: what it is compiled for, in words.
       seconds: that compiling took.
-      flops: of one device; loops count once where the backend counts them once.
+      flops: of matrix products and convolutions, of all devices together.
       peak: bytes of one device.
       state: of these, the state's.
       traffic: bytes that one device receives per step, by kind of collective.
@@ -103,12 +103,13 @@ def compile_steps(config: Mapping) -> Iterator[Program]:
             last = recipe.at(config["steps"])
             program = jax.jit(make_step(last), donate_argnums=0, out_shardings=build.out_shardings(state, mesh))
             began = time.perf_counter()
-            compiled = program.lower(state, networks, inputs).compile()
+            traced = program.trace(state, networks, inputs)
+            compiled = traced.lower().compile()
             seconds = time.perf_counter() - began
             yield Program(
                 inputs=f"stream {name!r}: " + ", ".join(f"{key} {array.shape}" for key, array in inputs.items()),
                 seconds=seconds,
-                flops=(compiled.cost_analysis() or {}).get("flops", 0.0),
+                flops=flops.count(traced.jaxpr),
                 peak=traffic.peak_bytes(compiled),
                 state=sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state)),
                 traffic=traffic.bytes_by_kind(traffic.transfers(compiled)),
@@ -148,6 +149,7 @@ def report(config: Mapping, say: Callable[[str], None]) -> None:
         say(
             f"{program.inputs}\n"
             f"  memory per device: {program.peak / 2**30:.2f} GiB, of these the state {program.state / 2**30:.2f} GiB\n"
+            f"  {program.flops / mesh.size / 1e12:.2f} TFLOP per device and step\n"
             f"  received per device and step, GiB: {sent}\n"
             f"  compiled in {program.seconds:.0f} s"
         )

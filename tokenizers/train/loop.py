@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from ..data.pipeline import Pipeline
+from ..parallel import flops, multihost, platform
 from ..parallel import mesh as meshes
-from ..parallel import multihost, platform
 from . import build, checkpoint, preview, summary
 from . import config as configs
 from .log import RunLog
@@ -104,19 +104,21 @@ def _steps(run: _Run, state: TrainState, frozen, position: Mapping, batches: Ite
     program = _Programs(run, state)
     watch = _Watch(config["stop_after_skipped"])
     held_out = _held_out(run)
-    frames, best = position["frames"], list(position["best"])
+    frames, operations, best = position["frames"], position.get("flops", 0.0), list(position["best"])
     for step in range(position["batches"], last):
         profiler.before(step - position["batches"])
         inputs = next(batches)
-        compiled = program(step, state, frozen, inputs)
+        compiled, cost = program(step, state, frozen, inputs)
         state, metrics = compiled(state, frozen, inputs)
-        done = step + 1
+        done, operations = step + 1, operations + cost
         frames += run.recipe.frames(inputs)
         watch.add(done, metrics)
         log.progress(done)
         if log.due(done):
             values = watch.flush() | log.speed(done, frames)
-            log.scalars(done, values | {"frames": frames, "unusable_files": run.data.skipped.count}, _SHOWN)
+            log.scalars(
+                done, values | {"frames": frames, "flops": operations, "unusable_files": run.data.skipped.count}, _SHOWN
+            )
         ending = run.stop(done) or done == last
         score, good = None, False
         if held_out is not None and (done == last or _due(done, config["evaluation"]["every"])):
@@ -126,7 +128,13 @@ def _steps(run: _Run, state: TrainState, frozen, position: Mapping, batches: Ite
             good = score in best
         if ending or good or _due(done, config["checkpoint"]["every"]):
             watch.flush()
-            where = {"batches": done, "frames": frames, "best": best, "fingerprint": run.data.fingerprint}
+            where = {
+                "batches": done,
+                "frames": frames,
+                "flops": operations,
+                "best": best,
+                "fingerprint": run.data.fingerprint,
+            }
             run.checkpoints.save(state, where, {"model": config["model"]}, score)
         if ending and done < last:
             run.checkpoints.wait()
@@ -182,10 +190,11 @@ class _Programs:
             began = time.perf_counter()
             with self._run.log.untimed():
                 program = platform.jit(make_step(recipe), donate_argnums=0, out_shardings=self._placed)
-                self._compiled[key] = program.lower(state, frozen, inputs).compile()
+                traced = program.trace(state, frozen, inputs)
+                self._compiled[key] = traced.lower().compile(), flops.count(traced.jaxpr)
             seconds = time.perf_counter() - began
             what = ", ".join([*(f"{name} {shape}" for name, shape in shapes), *recipe.told()])
-            self._run.log.message(summary.compile_message(self._compiled[key], what, seconds, self._run.mesh))
+            self._run.log.message(summary.compile_message(*self._compiled[key], what, seconds))
         return self._compiled[key]
 
 

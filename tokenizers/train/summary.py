@@ -17,10 +17,8 @@ from .config import write_atomically
 from .step import Trainable
 
 
-def compile_message(compiled, what: str, seconds: float, mesh: Mesh) -> str:
-    """One line about a compiled step: time, floating-point operations, memory."""
-    analysis = compiled.cost_analysis() or {}
-    flops = analysis.get("flops", 0.0) * mesh.size
+def compile_message(compiled, flops: float, what: str, seconds: float) -> str:
+    """One line about a compiled step: time, floating-point operations of all devices, memory of one."""
     memory = compiled.memory_analysis()
     text = f"compiled the step for {what} in {seconds:.1f} s: {flops / 1e9:.2f} GFLOP per step"
     if memory is not None:
