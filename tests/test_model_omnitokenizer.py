@@ -528,6 +528,22 @@ def test_patches_are_inflated_as_the_originals(name, strategy):
     assert not any(np.isnan(value).any() for value in found.values())
 
 
+@pytest.mark.parametrize("strategy", ["center", "average", "first", "last"])
+@pytest.mark.parametrize("name", cases("omnitokenizer", "inflate_.*"))
+def test_discriminators_are_inflated_as_the_originals(name, strategy):
+    case = Case("omnitokenizer", name)
+    (_, images), (_, clips) = (discriminator(case, kind) for kind in ("image", "video"))
+    found = tats.inflated(images, clips, strategy)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, clips)
+    expected = case.outputs[f"dis_{strategy}.video_discriminator.model1.1.weight"]
+    kernel = engine.kernel.to_official(np.asarray(found["params"]["conv_1"]["kernel"]))
+    np.testing.assert_allclose(first(kernel, expected), expected, rtol=1e-6)
+    np.testing.assert_array_equal(found["params"]["conv_0"]["bias"], images["params"]["conv_0"]["bias"])
+    np.testing.assert_array_equal(found["params"]["norm_out"]["scale"], clips["params"]["norm_out"]["scale"])
+    with pytest.raises(ValueError, match="strategy of inflation 'middle'"):
+        tats.inflated(images, clips, "middle")
+
+
 @pytest.mark.parametrize("name", cases("omnitokenizer", "lr_schedules"))
 def test_learning_rates_are_the_originals(name):
     case = Case("omnitokenizer", name)

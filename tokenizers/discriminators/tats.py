@@ -8,13 +8,14 @@ the noise it can put on pixels, whose weight is zero at the start.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..errors import unknown
+from ..errors import pick, unknown
 from ..parallel.constrain import constrain
 from .patchgan import BatchNorm
 
@@ -85,6 +86,33 @@ def tats_2d(width: int = 64, layers: int = 3, norm: str = "batch", dtype: Any = 
 def tats_3d(width: int = 64, layers: int = 3, norm: str = "batch", dtype: Any = jnp.float32) -> TatsDiscriminator:
     """The one of clips. Args: see `tats_2d`."""
     return TatsDiscriminator(_widths(width, layers, norm), 3, True, dtype)
+
+
+# Of the four places of a kernel along time, the share that each one has of the kernel of an image.
+STRATEGIES = {
+    "center": (0.0, 1.0, 0.0, 0.0),
+    "average": (0.25, 0.25, 0.25, 0.25),
+    "first": (1.0, 0.0, 0.0, 0.0),
+    "last": (0.0, 0.0, 0.0, 1.0),
+}
+
+
+def inflated(images: Mapping[str, Any], clips: Mapping[str, Any], strategy: str = "center") -> dict[str, Any]:
+    """Variables of the one of clips, made of those of the one of images (OmniTokenizer's ``inflate_dis``).
+
+    Args:
+      images: variables, or parameters, of `tats_2d`.
+      clips: of `tats_3d` of the same width; what images have no part of stays, the norm of the logits.
+      strategy: one of `STRATEGIES`.
+    """
+    shares = pick("strategy of inflation", strategy, STRATEGIES)
+
+    def merged(image: Any, clip: Any) -> Any:
+        if isinstance(clip, Mapping):
+            return {name: merged(image[name], value) if name in image else value for name, value in clip.items()}
+        return image if image.shape == clip.shape else jnp.stack([image * share for share in shares])
+
+    return merged(images, clips)
 
 
 def _widths(width: int, layers: int, norm: str) -> tuple[int, ...]:
