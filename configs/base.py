@@ -217,6 +217,10 @@ def get_base() -> ConfigDict:
     # Each step sees its pixels at one of these scales (OmniTokenizer); each is compiled once.
     config.loss.resolutions = ()
 
+    # A frozen network whose features of captions the decoder reads (TA-TiTok): clip_vitl14_336, and its weight file, by
+    # default in $TOKENIZERS_WEIGHTS.
+    config.captions = ConfigDict({"network": placeholder(str), "path": ""})
+
     config.schedules = ConfigDict({"loss": {}, "model": {}})  # by term of loss.bottleneck; by field, e.g. temperature
 
     # What holds when it starts (docs/gan_training.md); configs of papers begin with `undamped`.

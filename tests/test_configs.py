@@ -12,6 +12,7 @@ import pytest
 from configs import base, eval_default
 from tokenizers.data.pipeline import Pipeline
 from tokenizers.evaluate import protocols, run
+from tokenizers.networks import weights
 from tokenizers.parallel.mesh import make_mesh
 from tokenizers.train import build
 from tokenizers.train.step import make_step
@@ -147,6 +148,7 @@ def test_configs_take_a_step_at_full_size(name, argument):
     config = load(name, argument)
     config.loss.update(without_files(config.loss))
     config.discriminator.against = "reconstruction"  # no perceptual terms are left
+    config.captions.path = weights.SHAPES
     if config.data.source not in ("", "embedded", "shapes"):  # neither is the data
         source = "shapes" if config.recipe == "pretraining" else "embedded"
         config.data.update({"source": source, "path": "", "virtual_camera": True})
@@ -168,6 +170,7 @@ def test_batches_fit_the_compression(name, argument):
     config = load(name, argument).to_dict()
     judge = config["discriminator"] | {"against": "reconstruction"}
     config |= {"loss": config["loss"] | without_files(config["loss"]), "discriminator": judge}
+    config["captions"]["path"] = weights.SHAPES
     spec = build.recipe(config).model.spec
     time, height, width = spec.compression
     for stream in config["data"]["streams"].values():

@@ -56,6 +56,13 @@ def optimizer(meta, frozen=(), trained=None):
     return optim.make(config, 1)[0]
 
 
+class Given(nn.Module):
+    """In the place of CLIP: the features of a case, by their number."""
+
+    def __call__(self, numbers):
+        return self.get_variable("features", "all")[numbers]
+
+
 class Training:
     """A run of a training case with pixels; one program, for the step at which the discriminator starts."""
 
@@ -121,7 +128,10 @@ class Training:
             ema_warmup=False,
             accumulate=1,
             frozen=frozen,
+            captions=None if self.text is None else Given(),
         ).at(self.start)
+        if self.text is not None:
+            self.frozen["captions"] = {"features": {"all": jnp.asarray(self.text)}}
         params = {"model": tok.params, "objective": {}}
         adversary = AdversaryState(
             params=variables["params"],
@@ -142,13 +152,9 @@ class Training:
         return {name: value for name, value in weights.items() if name not in entry["buffers_computed"]}
 
     def _step(self, state, frozen, pixels):
-        def with_text(call, args, kwargs, context):
-            if isinstance(context.module, type(self.module)) and context.method_name == "__call__":
-                kwargs = kwargs | {"text": self.text}
-            return call(*args, **kwargs)
-
-        with nn.intercept_methods(with_text), drawn("normal" if self.noise else None, self.noise):
-            return make_step(self.recipe)(state, frozen, {"pixels": pixels})
+        inputs = {"pixels": pixels, "texts": jnp.arange(pixels.shape[0])}
+        with drawn("normal" if self.noise else None, self.noise):
+            return make_step(self.recipe)(state, frozen, inputs)
 
     def step(self):
         """(state before, state after, metrics)."""

@@ -86,6 +86,11 @@ PUBLISHED: dict[str, Published] = {
         ("maskgit-vqgan-imagenet-f16-256.bin", "tokenizer_imagenet256_checkpoint"),
         "fun-research/TiTok, maskgit-vqgan-imagenet-f16-256.bin",
     ),
+    "clip_vitl14_336": Published(
+        "CLIP ViT-L/14 at 336 pixels",
+        ("ViT-L-14-336px.pt", "clip_vitl14_336.safetensors", "clip_vitl14_336.pt"),
+        "openai/CLIP, ViT-L-14-336px.pt, or the same weights in OpenCLIP's names",
+    ),
     "dinov2_vitl14": Published(
         "DINOv2 ViT-L/14",
         ("dinov2_vitl14_pretrain.pth", "vit_large_patch14_dinov2.lvd142m.safetensors"),

@@ -29,6 +29,7 @@ POOLS = {
     "argmax": lambda ids, x: x[jnp.arange(x.shape[0]), jnp.argmax(ids, axis=-1)],
     "first": lambda ids, x: x[:, 0],
     "last": lambda ids, x: x[:, -1],
+    "all": lambda ids, x: x,  # every position for itself
 }
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
@@ -72,7 +73,7 @@ class TextTower(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: Array) -> tuple[Array, Array]:  # (b l) -> (b e), (b l c)
+    def __call__(self, ids: Array) -> tuple[Array, Array]:  # (b l) -> (b e), (b l c); (b l e) with pool="all"
         """The text's vector, not normalized, and the outputs of its tokens before the final norm, float32."""
         length = ids.shape[1] + self.class_token
         rows = self.context + self.class_token

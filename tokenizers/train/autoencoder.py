@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .. import captions, registry
 from .. import pixels as pixel_values
-from .. import registry
 from ..losses import alignment, balance
 from ..losses.equivariance import Draw, Equivariance, Resolutions, Transform
 from ..parallel.constrain import constrain, whole
@@ -30,6 +30,8 @@ from .objective import Metrics, Objective
 from .schedules import Schedules
 from .state import TrainState, new_state
 from .step import OfPixels
+
+CAPTIONS = "captions"  # the name of the frozen network that reads them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Recipe(OfPixels):
     equivariance: Equivariance | Resolutions | None = None  # how often latents and pixels are transformed
     # Of this program: the generator's pass, and the one before the discriminator's turn (``fresh_forward``).
     draws: tuple[Draw, Draw] = (Draw(), Draw())
+    # Features of captions that the decoder reads: token ids (B, L) -> (B, L, E), its variables the network "captions".
+    captions: nn.Module | None = None
 
     @property
     def networks(self) -> Mapping[str, Any]:
@@ -93,10 +97,34 @@ class Recipe(OfPixels):
                 raise ValueError(f"config.loss.resolutions has {scale}: {error}") from error
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        return {"pixels": np.ascontiguousarray(batch["pixels"])}
+        found = {"pixels": np.ascontiguousarray(batch["pixels"])}
+        if self.captions is None:
+            return found
+        if "caption" not in batch:
+            raise ValueError(
+                "config.captions.network reads captions: set config.data.source to captions, "
+                "parquet or tar with texts, or shapes."
+            )
+        return found | {"texts": captions.token_ids(batch["caption"], self.captions.context)}
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return () if self.captions is None else (CAPTIONS,)
+
+    def shown(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return self.inputs(batch)
 
     def inputs_of(self, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-        return {"pixels": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+        found = {"pixels": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+        if self.captions is None:
+            return found
+        return found | {"texts": jax.ShapeDtypeStruct((shape[0], self.captions.context), jnp.int32)}
+
+    def text(self, networks: Mapping[str, Any], inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """``{"text": features of the captions (B, L, E)}``, or nothing."""
+        if self.captions is None:
+            return {}
+        return {"text": jax.lax.stop_gradient(self.captions.apply(whole(networks[CAPTIONS]), inputs["texts"]))}
 
     def at(self, step: int) -> Recipe:
         """The recipe of the program for that step: before ``adversary.start`` the discriminator costs nothing.
@@ -117,10 +145,11 @@ class Recipe(OfPixels):
     def update(
         self, state: TrainState, networks: Mapping[str, Any], inputs: Mapping[str, jax.Array], key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        """``inputs["pixels"]`` are uint8 or float ``(B, T, H, W, C)``."""
-        pixels = inputs["pixels"]
-        recipe = _for_frames(self, pixels.shape[1])
-        new, metrics = _update(recipe, state, networks, _split(pixels, recipe.accumulate), key)
+        """``inputs["pixels"]`` are uint8 or float ``(B, T, H, W, C)``, ``inputs["texts"]`` token ids ``(B, L)``."""
+        recipe = _for_frames(self, inputs["pixels"].shape[1])
+        batch = {"pixels": inputs["pixels"], **self.text(networks, inputs)}
+        micro = jax.tree.map(lambda array: _split(array, recipe.accumulate), batch)
+        new, metrics = _update(recipe, state, networks, micro, key)
         return new, metrics | recipe.schedules.metrics(state.step)
 
 
@@ -132,14 +161,16 @@ def _for_frames(recipe: Recipe, frames: int) -> Recipe:
     return dataclasses.replace(recipe, adversary=dataclasses.replace(adversary, runs=False))
 
 
-def _split(pixels: jax.Array, parts: int) -> jax.Array:
+def _split(array: jax.Array, parts: int) -> jax.Array:
     """(B, ...) -> (parts, B / parts, ...): micro-batch i takes every parts-th item, so that each stays spread out."""
-    if pixels.shape[0] % parts:
-        raise ValueError(f"a batch of {pixels.shape[0]} cannot be accumulated in {parts} equal parts.")
-    return jnp.moveaxis(pixels.reshape(-1, parts, *pixels.shape[1:]), 1, 0)
+    if array.shape[0] % parts:
+        raise ValueError(f"a batch of {array.shape[0]} cannot be accumulated in {parts} equal parts.")
+    return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
 
 
-def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) -> tuple[TrainState, Metrics]:
+def _update(
+    recipe: Recipe, state: TrainState, frozen, micro: Mapping[str, jax.Array], key
+) -> tuple[TrainState, Metrics]:
     adversary, opponent, led = recipe.adversary, state.adversary, {}
     shared = adversary is not None and not adversary.fresh_forward and not adversary.leads
     model = state.params["model"], state.model_state
@@ -150,9 +181,9 @@ def _update(recipe: Recipe, state: TrainState, frozen, micro: jax.Array, key) ->
     def generate(carry, inputs):
         """Gradients of one micro-batch; the discriminator's too where both learn from the same reconstruction."""
         model_state, opponent = carry
-        pixels, index = inputs
+        batch, index = inputs
         grads, model_state, opponent, (reconstruction, target), metrics = _generator_pass(
-            recipe, state, model_state, opponent, frozen, pixels, jax.random.fold_in(key, index)
+            recipe, state, model_state, opponent, frozen, batch, jax.random.fold_in(key, index)
         )
         opponent_grads = ()
         if shared:
@@ -189,13 +220,15 @@ def _own_turn(recipe: Recipe, params, model_state, opponent, frozen, step, micro
 
     def oppose(carry, inputs):
         model_state, opponent = carry
-        pixels, index = inputs
+        batch, index = inputs
         own_key = jax.random.fold_in(key, first_key + index)
         rngs = _rngs(own_key)
-        seen = draw.pixels(pixel_values.to_float(pixels))
+        seen = draw.pixels(pixel_values.to_float(batch["pixels"]))
         target = reconstruction = draw.latents(seen)
         if adversary.runs:
-            (reconstruction, _), model_state = _forward(recipe, params, model_state, seen, rngs, step, draw.latents)
+            (reconstruction, _), model_state = _forward(
+                recipe, params, model_state, seen, rngs, step, draw.latents, batch.get("text")
+            )
         view = adversary.frames(_frames_key(own_key), target.shape)
         grads, opponent, metrics = adversaries.learn(
             adversary, opponent, frozen, step, view(reconstruction), view(target)
@@ -207,18 +240,18 @@ def _own_turn(recipe: Recipe, params, model_state, opponent, frozen, step, micro
     return model_state, opponent, metrics | {"grad_norm/discriminator": optax.tree.norm(grads)}
 
 
-def _mean_over_micro_batches(body, carry, micro: jax.Array):
+def _mean_over_micro_batches(body, carry, micro: Mapping[str, jax.Array]):
     """Runs ``body`` over the micro-batches in order; outputs are averaged, the carry is handed on."""
-    count = micro.shape[0]
+    first, count = jax.tree.map(lambda array: array[0], micro), micro["pixels"].shape[0]
     if count == 1:
-        return body(carry, (micro[0], 0))
+        return body(carry, (first, 0))
 
     def accumulate(state, inputs):
         carry, total = state
         carry, outputs = body(carry, inputs)
         return (carry, jax.tree.map(jnp.add, total, outputs)), None
 
-    shapes = jax.eval_shape(body, carry, (micro[0], 0))[1]
+    shapes = jax.eval_shape(body, carry, (first, 0))[1]
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (carry, total), _ = jax.lax.scan(accumulate, (carry, zeros), (micro, jnp.arange(count)))
     return carry, jax.tree.map(lambda leaf: leaf / count, total)
@@ -236,11 +269,15 @@ def _frames_key(key) -> jax.Array:
 def apply_to_clips(model: nn.Module, variables: Mapping, pixels: jax.Array, **options):
     """``model.apply`` on clips ``(B, T, H, W, C)``; a model of images sees the frames as a batch of B * T.
 
+    ``text=`` are features of the captions of the clips ``(B, L, E)``, for decoders that read them.
+
     Returns:
       What ``model.apply`` returns, with a reconstruction that has the batch and time axes of ``pixels``.
     """
     shape = pixels.shape
     inputs = pixels if model.spec.video else pixels.reshape(-1, *shape[2:])
+    if options.get("text") is not None:
+        options["text"] = jnp.repeat(options["text"], inputs.shape[0] // shape[0], axis=0)
     result = model.apply(whole(variables), inputs, **options)
     if "mutable" not in options:
         reconstruction, encoding = result
@@ -249,12 +286,14 @@ def apply_to_clips(model: nn.Module, variables: Mapping, pixels: jax.Array, **op
     return (reconstruction.reshape(*shape[:2], *reconstruction.shape[-3:]), encoding), state
 
 
-def _forward(recipe: Recipe, params, model_state: Mapping, pixels: jax.Array, rngs, step, transform):
+def _forward(recipe: Recipe, params, model_state: Mapping, pixels: jax.Array, rngs, step, transform, text=None):
     """((reconstruction, encoding), new model state); what is decoded are the transformed latents."""
     variables = {"params": params, **model_state, **recipe.schedules.variables(step)}
     options = {"train": True, "rngs": rngs, "mutable": list(model_state), "method": recipe.objective.method}
     if transform != Transform():
         options["method"] = functools.partial(_decode_transformed, transform=transform)
+    if text is not None:
+        options["text"] = text
     windows = recipe.objective.windows
     if windows is None:
         return apply_to_clips(recipe.model, variables, pixels, **options)
@@ -281,20 +320,20 @@ def _decode_transformed(model: nn.Module, pixels: jax.Array, train: bool, transf
     return model.decode(encoding.latents, train), encoding
 
 
-def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, frozen, pixels, key):
+def _generator_pass(recipe: Recipe, state: TrainState, model_state, opponent, frozen, batch, key):
     """(gradients, model state, adversary state, (reconstruction, target), metrics) of one micro-batch.
 
     Reconstruction and target are what the discriminator sees of them.
     """
     names = ("batch", "time", "height", "width", "channel")
     draw, objective = recipe.draws[0], recipe.objective
-    seen = constrain(draw.pixels(pixel_values.to_float(pixels)), *names)
+    seen = constrain(draw.pixels(pixel_values.to_float(batch["pixels"])), *names)
     target = constrain(draw.latents(seen), *names)
 
     def model(params):
         params = optim.hold(params, recipe.frozen)
         (reconstruction, encoding), new_state = _forward(
-            recipe, params["model"], model_state, seen, _rngs(key), state.step, draw.latents
+            recipe, params["model"], model_state, seen, _rngs(key), state.step, draw.latents, batch.get("text")
         )
         regularization, parts = objective.regularization(encoding.losses, recipe.schedules.weights(state.step))
         aligned = jnp.zeros((), jnp.float32)

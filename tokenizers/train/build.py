@@ -17,12 +17,12 @@ from ..data.latents import LatentPipeline
 from ..data.pipeline import Pipeline
 from ..discriminators import blur, dino, patchgan, phenaki, stylegan, tats
 from ..losses import adversarial, balance, equivariance
-from ..networks import foundation
+from ..networks import clip, foundation
 from ..parallel import platform, rules
 from ..parallel.mesh import batch_parts, replicated
 from . import matching, objective, optim, pretraining_config, preview, schedules
 from .adversary import Adversary
-from .autoencoder import Recipe
+from .autoencoder import CAPTIONS, Recipe
 from .frames import FRAMES
 from .state import TrainState
 from .step import Trainable
@@ -120,6 +120,7 @@ def _autoencoder(config: Mapping) -> Recipe:
     model = registry.build(name, dtype=dtype, **fields)
     minimised = objective.build(config["loss"], model.spec)
     adversary, network = _adversary(config, dtype)
+    transformations = _transformations(config["loss"], model)
     if minimised.method != "__call__" and (adversary is not None or config["loss"]["equivariance"]["probability"]):
         raise ValueError(
             f"config.loss.reconstruction={config['loss']['reconstruction']!r} has no pixels that a discriminator or "
@@ -130,6 +131,11 @@ def _autoencoder(config: Mapping) -> Recipe:
             "config.discriminator.against='perceptual' needs a perceptual loss: config.loss has none of perceptual, "
             "convnext_weight, vgg_hidden_weight, content_weight, gram_weight."
         )
+    reader, variables = _captions(config["captions"], model, dtype)
+    if reader is not None:
+        if minimised.method != "__call__" or transformations is not None:
+            raise ValueError("config.captions goes neither with tokens as reconstruction nor with transformed latents.")
+        minimised = dataclasses.replace(minimised, frozen=dict(minimised.frozen) | {CAPTIONS: variables})
     if network is not None:  # the step takes all frozen networks as one argument
         frozen = dict(minimised.frozen) | {adversary.network: network}
         minimised = dataclasses.replace(minimised, frozen=frozen)
@@ -145,7 +151,8 @@ def _autoencoder(config: Mapping) -> Recipe:
         accumulate=config["accumulate"],
         schedules=schedules.build(config["schedules"], model, config["loss"]["bottleneck"]),
         frozen=tuple(config["optimizer"]["frozen"]),
-        equivariance=_transformations(config["loss"], model),
+        equivariance=transformations,
+        captions=reader,
     )
 
 
@@ -153,6 +160,7 @@ def _pretraining(config: Mapping) -> Trainable:
     dtype = platform.compute_dtype(config["precision"])
     name, fields = model_fields(config)
     model = registry.build(name, dtype=dtype, **fields)
+    _captions(config["captions"], model, dtype)
     return pretraining_config.recipe(config, model, objective.build(config["loss"], model.spec), dtype)
 
 
@@ -170,6 +178,30 @@ KINDS = {
     "pretraining": Kind(_pretraining, _tokenizer_weights),
     "generator": Kind(matching.build, matching.weights, data=LatentPipeline, held_out=None, resolve=matching.resolve),
 }
+
+
+def _captions(config: Mapping, model, dtype) -> tuple[Any, Any]:
+    """What reads captions for the decoder, and its variables; ``(None, None)`` for decoders that read none."""
+    wanted = getattr(model, "text", None)
+    if config["network"] is None:
+        if wanted is not None:
+            raise ValueError(
+                f"the decoder reads features of captions {tuple(wanted)}: set config.captions.network (Accepted: "
+                f"{', '.join(clip.TEXT)}), or config.model.text=None for a decoder of the tokens alone."
+            )
+        return None, None
+    if wanted is None:
+        raise ValueError(
+            f"config.captions.network={config['network']!r}, but this tokenizer's decoder reads no captions (that of "
+            "TA-TiTok does, by its field text)."
+        )
+    module, variables = clip.load(config["network"], config["path"] or None, dtype)
+    if tuple(wanted) != (module.context, module.width):
+        raise ValueError(
+            f"config.model.text={tuple(wanted)} must be the features of {config['network']!r}: "
+            f"{(module.context, module.width)}."
+        )
+    return module, variables
 
 
 def _transformations(config: Mapping, model) -> equivariance.Equivariance | equivariance.Resolutions | None:

@@ -131,6 +131,7 @@ def compilable(config: Mapping) -> dict[str, Any]:
         *((config["loss"], f"{part}_path") for part in ("perceptual", "convnext", "vgg", "flow")),
         (config["loss"]["alignment"], "path"),
         (config["discriminator"], "path"),
+        (config["captions"], "path"),
     ):
         place[name] = weights.SHAPES
     config["loss"]["tokens"]["path"] = "random"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -39,11 +40,18 @@ class HeldOut:
             config["data"], seed=config["seed"], split="held_out", process_index=index, process_count=count
         )
         self._mesh, self._limit = mesh, config["evaluation"]["max_items"]
-        self._batches: list[tuple[str, jax.Array, jax.Array]] | None = None
+        self._batches: list[tuple[str, dict[str, jax.Array], jax.Array]] | None = None
 
-        def reconstruct(params, model_state, pixels, valid):
+        self._recipe, networks = recipe, {name: recipe.networks[name] for name in recipe.reads}
+        self._networks = jax.device_put(networks, meshes.replicated(mesh))
+
+        def reconstruct(params, model_state, networks, inputs, valid):
+            pixels = inputs["pixels"]
             prediction, _ = apply_to_clips(
-                recipe.model, {"params": params, **model_state}, pixel_values.to_float(pixels)
+                recipe.model,
+                {"params": params, **model_state},
+                pixel_values.to_float(pixels),
+                **recipe.text(networks, inputs),
             )
             levels = pixel_values.to_uint8(prediction)
             # PSNR of 8-bit pictures, item by item: what a person who saves them gets.
@@ -63,8 +71,8 @@ class HeldOut:
         """
         scores: dict[str, list[float]] = {}
         pictures, clips = {}, {}
-        for name, pixels, valid in self._items():
-            found = self._reconstruct(state.ema, state.model_state, pixels, valid)
+        for name, inputs, valid in self._items():
+            found = self._reconstruct(state.ema, state.model_state, self._networks, inputs, valid)
             levels, shown, valid, psnr = jax.device_get(found)
             room = self._limit - len(scores.setdefault(name, []))
             scores[name].extend(float(value) for value in psnr[valid][:room])
@@ -77,8 +85,8 @@ class HeldOut:
         score = float(np.mean(list(means.values())))
         return score, {"held_out/psnr": score, **means}, pictures, clips
 
-    def _items(self) -> list[tuple[str, jax.Array, jax.Array]]:
-        """(stream, pixels, whether each row counts) of the batches that hold the first items of each stream."""
+    def _items(self) -> list[tuple[str, dict[str, jax.Array], jax.Array]]:
+        """(stream, inputs, whether each row counts) of the batches that hold the first items of each stream."""
         if self._batches is None:
             taken: dict[str, int] = {}
             self._batches = []
@@ -88,6 +96,7 @@ class HeldOut:
                     if taken.get(name, 0) >= self._limit:
                         continue
                     taken[name] = taken.get(name, 0) + rows
-                    arrays = (np.ascontiguousarray(batch["pixels"]), np.asarray(batch["valid"]))
-                    self._batches.append((name, *(meshes.global_batch(self._mesh, array) for array in arrays)))
+                    arrays = (self._recipe.shown(batch), np.asarray(batch["valid"]))
+                    place = functools.partial(meshes.global_batch, self._mesh)
+                    self._batches.append((name, *jax.tree.map(place, arrays)))
         return self._batches

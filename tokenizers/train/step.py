@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .. import pixels
@@ -84,6 +85,16 @@ class OfPixels:
 
     def frames(self, inputs: Mapping[str, jax.Array]) -> int:
         return math.prod(inputs["pixels"].shape[:2])
+
+    # For pictures of held-out items (`preview`): what it needs of a batch, the networks that it reads, and what the
+    # decoder is given beside latents.
+    reads: tuple[str, ...] = ()
+
+    def shown(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {"pixels": np.ascontiguousarray(batch["pixels"])}
+
+    def text(self, networks: Mapping[str, Any], inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return {}
 
 
 def make_step(recipe: Trainable) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
