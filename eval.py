@@ -19,10 +19,10 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}; fields are set with --config.<field>=<value>.")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries below log every file they touch
-    from tokenizers.evaluate import session
-    from tokenizers.generation import blackbox
-
-    evaluation = blackbox if "budget" in _CONFIG.value else session  # configs/generation_blackbox.py, or all others
+    if "budget" in _CONFIG.value:  # configs/generation_blackbox.py
+        from tokenizers.generation import blackbox as evaluation
+    else:
+        from tokenizers.evaluate import session as evaluation
     try:
         evaluation.evaluate_checkpoint(_CHECKPOINT.value, _CONFIG.value, _OUT.value)
     except (ValueError, FloatingPointError) as error:

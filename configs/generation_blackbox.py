@@ -8,8 +8,9 @@
 
 Latents -> LightningDiT -> samples -> distances, each part going on where it stopped; `docs/generation.md` explains it.
 Without argument, the budget of VTP's scaling study (https://arxiv.org/abs/2512.13687): LightningDiT-B, 100,000 steps of
-batch 1024, 10,000 samples; a day on eight A100s. ``shapes``: drawings of 64 x 64 pixels, an hour on one GPU. ``smoke``:
-minutes on two CPU cores, to see it work; its numbers say little.
+batch 1024, 10,000 samples; cost as in `configs/generation_lightningdit_b.py`. ``shapes``: drawings of 64 x 64 pixels,
+7e16 operations, less than an hour of one A100 (reckoned, not measured). ``smoke``: two minutes on two CPU cores, to
+see it work; its numbers say little.
 """
 
 from ml_collections import ConfigDict
@@ -52,7 +53,7 @@ def get_config(arg=None):
     config.latents.statistics_items = 10_000
 
     # All training items are encoded; without path or source, drawings.
-    config.data = base.data(source="shapes", drawings=100_000, held_out="0.1", crop="center", flip=False)
+    config.data = base.data(source="shapes", drawings=100_000, held_out="", crop="center", flip=False)
     config.data.streams["pictures"] = base.stream(resolutions=((256, 256),), batch_size=64)
     config.reference_items = 50_000  # of the training items, spread evenly, that samples are compared with; 0 = all
     config.sample_batch_size = 64

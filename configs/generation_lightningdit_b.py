@@ -3,9 +3,9 @@
     python train.py --config=configs/generation_lightningdit_b.py --config.data.path=<folder of latents>
 
 The folder comes from `configs/generation_blackbox.py`, which does everything: latents, this training, samples, FID. 80
-epochs of ImageNet at batch 1024, about 130 M parameters and 256 tokens: a day on eight A100s. VTP
-(https://arxiv.org/abs/2512.13687) reports an FID of 10,000 samples between 59 (a plain autoencoder) and 24 (VTP-L with
-a larger decoder), without guidance.
+epochs of ImageNet at batch 1024, 130 M parameters and 256 tokens are 2e19 operations: six hours of eight A100s at 40 %
+of their peak (reckoned, not measured). VTP (https://arxiv.org/abs/2512.13687) reports an FID of 10,000 samples between
+59 (a plain autoencoder) and 24 (VTP-L with a larger decoder), without guidance.
 """
 
 from configs import base

@@ -1,7 +1,12 @@
 """The chain from a tokenizer to a verdict: samples that depend on their number alone, distances, files, refusals."""
 
+import functools
 import json
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +20,9 @@ from tokenizers.evaluate.distances import GaussianStatistics, frechet_distance
 from tokenizers.generation import blackbox, judge, report, sampling, scores
 from tokenizers.generation.latents import Coder
 from tokenizers.generators import generator
+from tokenizers.networks import foundation, inception
 from tokenizers.parallel import mesh as meshes
+from tokenizers.parallel import platform
 from tokenizers.train import config as configs
 
 SIZE = (16, 16)
@@ -34,6 +41,7 @@ def test_patches_leave_as_many_tokens_as_the_budget_says():
     assert blackbox.patch_of((24, 40, 8), 256) == 2
 
 
+@functools.cache
 def made(classes=3):
     """A generator whose predictions are not zero."""
     fields = {"channels": 2, "grid": (4, 4), "size": (1, 16, 2), "classes": classes}
@@ -143,6 +151,40 @@ def smoke(**changes):
 
 
 @pytest.mark.slow
+def test_distances_of_published_networks_are_those_of_their_features(monkeypatch, tmp_path):
+    """With random weights in place of the files: the sums, and what the networks are shown."""
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"")
+    network = inception.InceptionV3()
+    example = jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
+    variables = jax.jit(network.init, compiler_options=platform.run_once_options())(jax.random.key(0), example)
+    small = foundation.VisionTransformer(width=16, depth=1, heads=2, patch=14, table=16)
+    seen = jax.jit(small.init)(jax.random.key(0), jnp.zeros((1, 256, 256, 3)))
+    monkeypatch.setattr(inception, "load", lambda path: (network, variables))
+    monkeypatch.setattr(foundation, "load", lambda name, path: (small, seen))
+    spaces = scores.Spaces({"inception": str(file), "foundation": str(file)}, "dinov2_small", None, None)
+    assert set(spaces.missing) == {"judge"}
+    rng = np.random.default_rng(0)
+    sets, features = [], []
+    for low in (0, 60):
+        pictures = jnp.asarray(rng.integers(low, 200, (6, 32, 32, 3), np.uint8))
+        collected = scores.Collected()
+        collected.add(spaces(pictures), np.ones(6, bool), np.zeros(6, int))
+        sets.append(collected)
+        levels = inception.preprocess_tensorflow(pictures.astype(jnp.float32))
+        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        normal = (jax.image.resize(pictures / 255, (6, 256, 256, 3), "bicubic") - mean) / std
+        tokens = small.apply(seen, normal.astype(jnp.float32), method="tokens")[0][:, 0]
+        features.append((network.apply(variables, levels)["2048"], tokens))
+    found = sets[1].compared(sets[0], spaces.missing)
+    for name, (one, other) in zip(("gfid", "fd_foundation"), zip(*features, strict=True), strict=True):
+        wanted = frechet_distance(*(GaussianStatistics.of(np.asarray(rows)) for rows in (other, one)))
+        # Differences of nearly equal numbers, in float32.
+        assert found[name] == pytest.approx(wanted, rel=1e-3)
+    assert found["inception_score"] >= 1
+
+
+@pytest.mark.slow
 def test_the_judge_learns_what_it_is_asked_and_is_kept(tmp_path):
     config = configs.to_dict(generation_blackbox.get_config("smoke"))
     settings = config["judge"] | {"steps": 400}
@@ -185,6 +227,66 @@ def test_the_whole_chain_goes_on_where_it_stopped(kind, tmp_path, capsys):
         blackbox.evaluate_checkpoint(tmp_path / "toy", smoke(**{"budget.size": (1, 32, 2)}))
     with pytest.raises(ValueError, match="unknown step of .* 2. .*Accepted: 3"):  # it has learned for longer
         blackbox.evaluate_checkpoint(tmp_path / "toy", smoke(**{"budget.steps": 2}))
+
+
+def evaluate(*arguments):
+    command = [sys.executable, "eval.py", "--config=configs/generation_blackbox.py:smoke", *map(str, arguments)]
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = os.environ | {"XLA_FLAGS": flags}
+    return subprocess.Popen(command, cwd=toys.ROOT, env=environment, text=True, **streams)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path):
+    toys.causal("continuous").save(tmp_path / "toy")
+    small = {
+        "data.drawings": 64,
+        "data.streams.pictures.resolutions": "((16,16),)",
+        "data.streams.pictures.batch_size": 8,
+        "latents.shard_items": 8,
+        "budget.size": "(1,16,2)",
+        "budget.steps": 2,
+        "budget.batch_size": 16,
+        "budget.samples": 20,
+        "budget.points": 4,
+        "reference_items": 32,
+        "sample_batch_size": 8,
+        "judge.channels": "(8,8,8,8)",
+        "judge.steps": 2,
+        "judge.batch_size": 8,
+        "judge.held_out": 6,
+        "compilation_cache": "",
+    }
+    options = [f"--config.{name}={value}" for name, value in small.items()]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    together = [
+        "--config.distributed.mode=manual",
+        f"--config.distributed.coordinator={address}",
+        "--config.distributed.processes=2",
+    ]
+    place = f"--checkpoint={tmp_path / 'toy'}"
+    runs = [evaluate(place, f"--out={tmp_path / 'alone'}", *options)]
+    runs += [
+        evaluate(place, f"--out={tmp_path / 'two'}", *options, *together, f"--config.distributed.process={number}")
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=400)[0] for process in runs]
+    assert [process.returncode for process in runs] == [0, 0, 0], "\n".join(said)
+    assert "report: " in said[1]
+    assert "report: " not in said[2]
+    alone, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("alone", "two"))
+    assert two["tokenizer"] == alone["tokenizer"]
+    for row, scores_alone in alone["scores"].items():
+        for name, value in scores_alone.items():
+            # Sums in another order, and levels that rounding moves.
+            wanted = value if isinstance(value, (str, int)) else pytest.approx(value, rel=1e-2)
+            assert two["scores"][row][name] == wanted, (row, name)
+    shards = [[path.name for path in sorted((tmp_path / name / "latents").iterdir())] for name in ("alone", "two")]
+    assert shards[0] == shards[1]
+    assert len([name for name in shards[0] if name.endswith(".array_record")]) == 8
 
 
 def test_the_report_says_what_is_missing(tmp_path):

@@ -1,5 +1,6 @@
 """Latents on disk: what is written is what the tokenizer says, whatever was interrupted; what is read depends on k."""
 
+import dataclasses
 import functools
 import json
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import toys
 
+import tokenizers
+from tokenizers import registry
 from tokenizers.data import latents as stored
 from tokenizers.data.pipeline import Pipeline
 from tokenizers.generation.latents import Coder, extract
@@ -176,6 +179,29 @@ def test_bfloat16_is_half_the_size_and_without_labels_there_is_no_class(tmp_path
         pipeline(folders[0])
     with pytest.raises(ValueError, match="Did you mean 'batch_size'"):
         pipeline(folders[0], config={"flip": False, "batchsize": 3})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", sorted(registry.systems()))
+def test_every_system_has_maps_of_latents(system):
+    """In shapes alone: a picture becomes a map, and a map a picture."""
+    name = next(iter(registry.systems()[system].VARIANTS))
+    module = registry.build(name)
+    tokenizer = tokenizers.Tokenizer(module, registry.abstract_variables(module), name, {})
+    size = getattr(module, "input_size", None) or (256, 256)
+    if getattr(module, "text", None) is not None:
+        with pytest.raises(ValueError, match="reads captions"):
+            Coder(tokenizer, size)
+        return
+    coded = Coder(tokenizer, size)
+    assert coded.shape[-1] == module.spec.latent_channels
+    latents = jax.ShapeDtypeStruct((2, *coded.shape), np.float32)
+
+    def decode(variables, array):
+        coded.tokenizer = dataclasses.replace(tokenizer, variables=variables)
+        return coded.decode(array)
+
+    assert jax.eval_shape(decode, tokenizer.variables, latents).shape == (2, *size, 3)
 
 
 def test_any_tokenizer_makes_maps_and_takes_them_back():

@@ -21,7 +21,7 @@ from ..generators.generator import Generator
 from ..parallel import mesh as meshes
 from ..parallel import multihost, platform
 from ..train import config as configs
-from ..train import loop, matching
+from ..train import loop, matching, preview
 from . import judge, report, sampling
 from .latents import Coder, extract
 from .scores import Collected, Spaces
@@ -85,6 +85,8 @@ def judged(tokenizer: Any, config: Mapping[str, Any], folder: pathlib.Path) -> d
     kept = {key: config["latents"][key] for key in ("flip", "dtype", "shard_items", "statistics_items")}
     once = Pipeline(config["data"], seed=0, split="once")
     latents = extract(coder, once, folder / "latents", **kept)
+    if config["budget"]["guidance"] != 1 and not latents.classes:
+        raise ValueError(f"config.budget.guidance={config['budget']['guidance']} needs classes, which the data lack.")
     clock("extracting latents")
     training = _training(config, latents)
     if not loop.run(training, folder / "generator"):
@@ -199,7 +201,7 @@ def _references(coder: Coder, config: Mapping[str, Any], spaces: Spaces, mesh) -
 def _held_out(config: Mapping[str, Any], spaces: Spaces, mesh) -> tuple[Collected, dict[str, Any] | None]:
     """Real pictures that are not in the training set: what a perfect generator would score."""
     found = Collected()
-    if not config["data"]["held_out"]:
+    if not preview.has_held_out(config["data"]):
         return found, {"pictures": 0}
     for pictures, valid, labels in _pictures(config, "held_out", config["budget"]["samples"], mesh):
         found.add(spaces(pictures), valid, labels)
@@ -212,7 +214,7 @@ def _generated(
     """(the generator, statistics of its samples, a picture of the first of them)."""
     budget = config["budget"]
     made = matching.load(folder / "generator", budget["steps"])  # not one that has learned for longer
-    made = Generator(made.module, jax.device_put(made.variables, meshes.replicated(mesh)), made.name)
+    made = Generator(made.module, jax.device_put(jax.device_get(made.variables), meshes.replicated(mesh)), made.name)
     flow = dict(config["training"]["flow"])
     flow.pop("uniform_from")
     found, shown = Collected(), []
@@ -252,4 +254,6 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         )
     if results["tokenizer"]["decoded"] != "as they are":
         notes.append("sampled vectors became the nearest codes of the tokenizer before they were decoded.")
+    elif results["tokenizer"]["codebook_size"]:
+        notes.append("sampled vectors were decoded as they are, although the tokenizer has codes.")
     return notes

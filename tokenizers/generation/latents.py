@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ class Coder:
                 f"pictures of {size} pixels do not fit {tokenizer.name}; the nearest size is {fitted[1:3]}."
             )
         self.tokenizer, self.size, self.posterior, self.seed = tokenizer, tuple(size), posterior, seed
-        found = jax.eval_shape(tokenizer.encode, jax.ShapeDtypeStruct(picture, jnp.uint8))
+        found = _shapes_of(type(tokenizer).encode, tokenizer, jax.ShapeDtypeStruct(picture, jnp.uint8))
         self._own = tuple(found.latents.shape[1:])
         self.shape = self._own if len(self._own) == 3 else (1, *self._own)
         self.snaps = found.indices is not None and self._codes_are_latents()
@@ -80,7 +81,7 @@ class Coder:
         """``(B, h, w, C)`` -> uint8 ``(B, H, W, 3)``."""
         own = latents.reshape(-1, *self._own)
         if self.snaps:
-            own = self.tokenizer.indices_to_latents(_codes(self.tokenizer.module, self.tokenizer.variables, own))
+            own = _nearest(self.tokenizer, own)
         decoded = self.tokenizer.decode(own)
         return pixels.to_uint8(decoded[:, : self.size[0], : self.size[1]])
 
@@ -108,11 +109,22 @@ class Coder:
         if not hasattr(bottleneck, "codes_to_indices") or getattr(self.tokenizer.module, "projected", False):
             return False
         example = jax.ShapeDtypeStruct((1, *self._own), jnp.float32)
-        module, variables = self.tokenizer.module, self.tokenizer.variables
         with contextlib.suppress(ValueError, FlaxError):  # the bottleneck is one of several, or takes another shape
-            found = jax.eval_shape(functools.partial(_codes, module), variables, example)
-            return jax.eval_shape(self.tokenizer.indices_to_latents, found).shape == example.shape
+            return _shapes_of(_nearest, self.tokenizer, example).shape == example.shape
         return False
+
+
+def _shapes_of(function: Callable, tokenizer: Any, example: jax.ShapeDtypeStruct) -> Any:
+    """What a function of a tokenizer and an array returns, without computing it; the variables may be shapes, too."""
+    return jax.eval_shape(
+        lambda variables, array: function(dataclasses.replace(tokenizer, variables=variables), array),
+        tokenizer.variables,
+        example,
+    )
+
+
+def _nearest(tokenizer: Any, latents: Array) -> Array:
+    return tokenizer.indices_to_latents(_codes(tokenizer.module, tokenizer.variables, latents))
 
 
 @platform.jit
