@@ -8,6 +8,7 @@ An official weight file, on a folder of images or clips:
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import base
 
@@ -41,6 +42,9 @@ def get_config(arg=None):
     )
     # Files of the frozen networks; empty = looked for in $TOKENIZERS_WEIGHTS.
     config.weights = ConfigDict({"lpips": "", "inception": "", "i3d": ""})
+    # For decoders that read captions (TA-TiTok): a network of texts (clip_vitl14_336; None = that of the run), and a
+    # sentence with {} for the name of an item's class in place of its caption.
+    config.captions = ConfigDict({"network": placeholder(str), "path": "", "template": ""})
     # Of the metrics zero_shot, retrieval, linear_probe and knn (tokenizers/evaluate/understanding.py).
     config.understanding = ConfigDict()
     config.understanding.class_names = ""  # a file with a name per line; "" = those of the data

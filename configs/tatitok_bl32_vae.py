@@ -8,7 +8,7 @@ step 200,000. The released weights have an rFID of 1.53 and an inception score o
 
 The decoder also reads the caption of an image, as features of CLIP ViT-L/14@336: data need texts, and its weight file
 is needed beside those of LPIPS and ConvNeXt-S (docs/convert_weights.md). What decodes later gives such features, too:
-``text=`` of decode and reconstruct. There is no final report, since evaluation gives none.
+``text=`` of decode and reconstruct. Evaluation on ImageNet: --config.captions.template="A photo of a {}." with labels.
 
 ``vq``: 8,192 codes instead, which move to inputs where they are not used (clustering VQ); rFID 3.95.
 ``tokens``: a decoder of the tokens alone, for images without texts.
@@ -27,7 +27,6 @@ def get_config(arg=None):
     else:
         config.captions.network = "clip_vitl14_336"
         config.data.source = "captions"
-        config.evaluation.final_report = False
     if arg != "smoke":
         config.steps = 650_000
         config.data.path = "data/datacomp"

@@ -30,7 +30,7 @@ ALLOWED = {
     "generation": FOUNDATION | {"parallel", "nn", "networks", "data", "loading", "generators", "evaluate", "train"},
     "media": {"errors", "data"},
     "commands": FOUNDATION | {"media", "api", "data", "parallel"},
-    "evaluate": FOUNDATION | {"parallel", "networks", "convert", "data", "loading", "losses"},
+    "evaluate": FOUNDATION | {"captions", "parallel", "networks", "convert", "data", "loading", "losses"},
     "train": FOUNDATION
     | {
         "parallel",

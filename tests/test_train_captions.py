@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base, tatitok_bl32_vae
+from configs import eval_default, tatitok_bl32_vae
 from tokenizers.convert import clip as names
 from tokenizers.convert.engine import flatten, official_names, to_official
+from tokenizers.evaluate import captioned, session
 from tokenizers.networks import clip, weights
 from tokenizers.nn.text import TextTower
 from tokenizers.parallel.mesh import make_mesh
@@ -119,11 +120,30 @@ def test_what_does_not_go_together_is_refused(tiny_clip, changes, message):
         build.recipe(wrong.to_dict())
 
 
-def test_other_tokenizers_need_no_captions():
-    assert base.get_base().captions.network is None
+def test_evaluation_says_what_it_reads(tiny_clip):
+    module = build.recipe(config().to_dict()).model
+    given = {"network": "tiny", "path": "", "template": ""}
+    assert captioned.of(module.clone(text=None), given | {"network": None}, ()) is None
+    with pytest.raises(ValueError, match="decoder reads captions: set config.captions.network"):
+        captioned.of(module, given | {"network": None}, ())
+    for template, classes in (("a photo", ("cat",)), ("a {}", ())):
+        with pytest.raises(ValueError, match="needs {} where a class's name belongs"):
+            captioned.of(module, given | {"template": template}, classes)
+    named = captioned.of(module, given | {"template": "a {}"}, ("cat", "dog"))
+    plain = captioned.of(module, given, ())
+    np.testing.assert_array_equal(named.ids({"label": [1, -1]}), plain.ids({"caption": ["a dog", ""]}))
+    with pytest.raises(ValueError, match="these data have none"):
+        plain.ids({"label": [1]})
 
 
 @pytest.mark.slow
 def test_it_trains_on_captioned_drawings(tiny_clip, tmp_path):
     assert loop.run(config(), tmp_path / "run")
     assert "held_out/psnr" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    evaluation = eval_default.get_config()
+    evaluation.update({"metrics": ("psnr",), "baseline_items": 0, "preview_items": 0})
+    of_captions = session.evaluate_checkpoint(tmp_path / "run", evaluation)["overall"]["psnr"]
+    evaluation.captions.template = "a photo of a {}"  # drawings have classes
+    of_classes = session.evaluate_checkpoint(tmp_path / "run", evaluation)["overall"]["psnr"]
+    assert np.isfinite(of_captions)
+    assert of_captions != of_classes

@@ -19,6 +19,7 @@ from ..parallel import mesh as meshes
 from ..parallel import multihost
 from ..pixels import cropped
 from . import baselines, codebook, features, latents, pixel_metrics, reading, report
+from .captioned import Captions
 from .collect import Stream, comparison, summarize
 from .pictures import Sample
 from .protocols import PROTOCOLS, Protocol
@@ -57,6 +58,7 @@ def evaluate(
     baseline_items: int | None = 64,
     preview_items: int = 8,
     understanding: Setup | None = None,
+    captions: Captions | None = None,
     training_log: str | pathlib.Path | None = None,
     title: str = "Tokenizer evaluation",
 ) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def evaluate(
       baseline_items: how many of the first items of every stream the baselines code; ``None`` for all, 0 for none.
       preview_items: items per stream that are shown.
       understanding: names of the classes, data to learn from, and how.
+      captions: what a decoder that reads captions is given.
       training_log: a run's ``metrics.jsonl``, for its loss curve.
       title: heading of the report.
 
@@ -96,7 +99,7 @@ def evaluate(
     if mesh is None and jax.process_count() > 1:
         raise ValueError(f"an evaluation over {jax.process_count()} processes needs a mesh.")
     setup = understanding or Setup()
-    loop = _Loop(tokenizer, protocol, metrics, mesh, weights or {}, baseline_items, preview_items, setup)
+    loop = _Loop(tokenizer, protocol, metrics, mesh, weights or {}, baseline_items, preview_items, setup, captions)
     for batch in batches:
         loop.add(batch)
     results = loop.results()
@@ -109,12 +112,12 @@ def evaluate(
 class _Loop:
     """The state of one evaluation: streams, compiled functions, pictures kept for the report."""
 
-    def __init__(self, tokenizer, protocol, metrics, mesh, weights, baseline_items, preview_items, setup):
+    def __init__(self, tokenizer, protocol, metrics, mesh, weights, baseline_items, preview_items, setup, captions):
         self._tokenizer = tokenizer if mesh is None else tokenizer.shard(mesh)
         self._protocol, self._metrics, self._mesh = protocol, metrics, mesh
         self._networks = features.Networks(protocol, metrics, weights, mesh)
         self._reader, self._setup = reading.Reader(self._tokenizer, metrics, setup), setup
-        self._baseline_items, self._preview_items = baseline_items, preview_items
+        self._captions, self._baseline_items, self._preview_items = captions, baseline_items, preview_items
         self._warm: set[tuple] = set()
         self._seen: dict[str, int] = {}
         self._kept: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
@@ -133,12 +136,14 @@ class _Loop:
         items = np.arange(len(pixels), dtype=np.int32) + first + jax.process_index() * len(pixels)
         names = reading.texts_as_bytes(batch.get("name", [""] * len(pixels)), _NAME_BYTES, end=True)
         given = self._reader.given(batch)
-        pixels, valid, items, names, *rest = self._fill(pixels, valid, items, names, *given.values())
+        texts = [] if self._captions is None else [self._captions.ids(batch)]
+        pixels, valid, items, names, *rest = self._fill(pixels, valid, items, names, *texts, *given.values())
+        texts, rest = [self._captions(self._place(ids)) for ids in rest[: len(texts)]], rest[len(texts) :]
 
         shape = pixels.shape[1:4]
         stream.shapes.add(tuple(map(int, shape)))
         reference = self._place(pixels)
-        encoding, reconstruction = self._reconstruct(stream, reference)
+        encoding, reconstruction = self._reconstruct(stream, reference, *texts)
         table, moments = self._measure(stream, reference, reconstruction, encoding)
         table |= {"item": self._place(items), "valid": self._place(valid), "name": self._place(names)}
         arrays = {"table": table, "latents": moments, "features": self._features(stream, reference, reconstruction)}
@@ -170,15 +175,15 @@ class _Loop:
     def _place(self, array: np.ndarray) -> jax.Array:
         return jnp.asarray(array) if self._mesh is None else meshes.global_batch(self._mesh, array)
 
-    def _reconstruct(self, stream: Stream, reference: jax.Array):
+    def _reconstruct(self, stream: Stream, reference: jax.Array, *text: jax.Array):
         # One frame goes in as a picture: the tokenizer decides what that is to it.
         taken = _as_pictures(reference)
         frames = reference.shape[0] * reference.shape[1]
         if reference.shape not in self._warm and "throughput" in self._metrics:
             self._warm.add(reference.shape)
-            jax.block_until_ready(self._tokenizer.decode(self._tokenizer.encode(taken).latents))
+            jax.block_until_ready(self._tokenizer.decode(self._tokenizer.encode(taken).latents, *text))
         encoding = _timed(stream.seconds["encode"], frames, lambda: self._tokenizer.encode(taken))
-        decoded = _timed(stream.seconds["decode"], frames, lambda: self._tokenizer.decode(encoding.latents))
+        decoded = _timed(stream.seconds["decode"], frames, lambda: self._tokenizer.decode(encoding.latents, *text))
         # What was padded to fit the compression is cut off again.
         decoded = cropped(self._tokenizer.spec, decoded, tuple(taken.shape))
         return encoding, decoded[:, None] if decoded.ndim == 4 else decoded

@@ -14,7 +14,7 @@ from .. import loading
 from ..data.pipeline import Pipeline
 from ..parallel import mesh as meshes
 from ..parallel import multihost, platform
-from . import report
+from . import captioned, report
 from .run import evaluate
 from .understanding import TEMPLATES, Setup
 
@@ -55,6 +55,7 @@ def evaluate_checkpoint(
             baseline_items=None if config["baseline_items"] < 0 else config["baseline_items"],
             preview_items=config["preview_items"],
             understanding=_understanding(source, config, data.classes),
+            captions=captioned.of(tokenizer.module, _captions(source, config), data.classes),
             training_log=source / "metrics.jsonl" if (source / "metrics.jsonl").is_file() else None,
             title=f"Evaluation of {source.name}",
         )
@@ -62,6 +63,14 @@ def evaluate_checkpoint(
         print(report.format_table(results), flush=True)
         print(f"report: {(folder / 'report.html').resolve()}", flush=True)
     return results
+
+
+def _captions(source: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.captions``, with the network of the run where it names none."""
+    given, saved = dict(config["captions"]), source / "config.json"
+    if given["network"] is None and saved.is_file():
+        given |= json.loads(saved.read_text()).get("captions", {})
+    return given
 
 
 def _default_folder(source: pathlib.Path) -> pathlib.Path:
