@@ -217,18 +217,20 @@ SMALL = {"vocabulary": 11, "block": 12, "size": (2, 16, 2), "grid": (3, 4)}
 
 def test_likely_tokens_are_kept():
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
-    for options, kept in (
+    expected = (
         ({"top_k": 2}, [0, 1, 0, 1]),
         ({"top_p": 0.39}, [0, 1, 0, 0]),
         ({"top_p": 0.41}, [0, 1, 0, 1]),
         ({"top_k": 3, "top_p": 0.99}, [0, 1, 1, 1]),
         ({"top_k": 9}, [1, 1, 1, 1]),
-    ):
-        found = quick(functools.partial(minigpt.filtered, **options))(logits)
+    )
+    every = quick(lambda logits: [minigpt.filtered(logits, **options) for options, _ in expected])(logits)
+    for found, (options, kept) in zip(every, expected, strict=True):
         np.testing.assert_array_equal(np.isfinite(found)[0], np.array(kept, bool), err_msg=str(options))
         np.testing.assert_array_equal(found[np.isfinite(found)], logits[np.isfinite(found)])
 
 
+@pytest.mark.slow
 def test_samples_continue_what_is_known_and_follow_the_class():
     made = generator.create("ar_prior", **SMALL, order="z_curve", classes=3, remat=True)
     made = dataclasses.replace(made, variables=jax.tree.map(lambda leaf: 20 * leaf, made.variables))

@@ -1,5 +1,6 @@
 """Vector quantization: official numbers step by step, codebook statistics on many devices, restarts, k-means."""
 
+import functools
 from unittest import mock
 
 import chex
@@ -30,6 +31,7 @@ def state(codes, cluster_size, embed_avg=None, initialised=True):
     return {"codebook": {key: jnp.asarray(value) for key, value in values.items()}}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def evaluated(vq, variables, z):
     encoding = vq.apply(variables, z)
     return encoding.indices, encoding.latents
@@ -152,7 +154,7 @@ def test_codes_move_to_the_statistics_of_inputs_as_the_official_ones(name):
     # Theirs are the entries of the table as they are, which are not the codes that the decoder was given.
     assert relative_l2(variables["codebook"]["codes"][indices], expected["from_indices"]) < TOLERANCE
     codes = vq.apply(variables, indices, method="indices_to_codes")
-    np.testing.assert_array_equal(codes, latents)
+    np.testing.assert_allclose(codes, latents, rtol=1e-5, atol=1e-6)  # two programs
     np.testing.assert_array_equal(vq.apply(variables, codes, method="codes_to_indices"), indices)
     # Their evaluation moves the statistics of inputs once more.
     moved = codebook.affine_state(
@@ -481,6 +483,7 @@ def test_an_index_outside_the_codebook_does_not_decode_silently():
     assert jnp.isnan(vq.apply(variables, jnp.asarray([8]), method="indices_to_codes")).all()
 
 
+@pytest.mark.slow
 def test_a_mask_counts_as_if_the_other_positions_were_not_there():
     """K-means, averages and restarts, and statistics of affine codes."""
     z = normal("vq/masked/z", (2, 12, 4))
@@ -490,8 +493,13 @@ def test_a_mask_counts_as_if_the_other_positions_were_not_there():
         affine=(0.9, 0.9), commitment="cross_entropy",
     )  # fmt: skip
     variables = vq.init(KEY, z)
-    masked = vq.apply(variables, z, True, mask, rngs={"bottleneck": KEY}, mutable=["codebook"])
-    alone = vq.apply(variables, z[mask], True, rngs={"bottleneck": KEY}, mutable=["codebook"])
+
+    @jax.jit
+    def both(z, mask, counted):
+        run = functools.partial(vq.apply, variables, rngs={"bottleneck": KEY}, mutable=["codebook"])
+        return run(z, True, mask), run(counted, True)
+
+    masked, alone = both(z, mask, z[mask])
     np.testing.assert_array_equal(masked[0].indices[mask], alone[0].indices)
     # Only the order of sums differs.
     chex.assert_trees_all_close(masked[1], alone[1], rtol=1e-5, atol=1e-6)

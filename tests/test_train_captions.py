@@ -49,8 +49,8 @@ def config():
 def test_features_are_those_of_every_position_behind_the_final_norm(tiny_clip):
     module, variables = clip.load("tiny")
     ids = np.array([[49406, 320, 736, 49407, 0], [49406, 49407, 0, 0, 0]])
-    found = module.apply(variables, ids)
-    _, before = TextTower(**(TINY | {"pool": "argmax"})).apply(variables, ids)
+    found = jax.jit(module.apply)(variables, ids)
+    _, before = jax.jit(TextTower(**(TINY | {"pool": "argmax"})).apply)(variables, ids)
     norm, before = variables["params"]["norm"], np.asarray(before)
     centred = before - before.mean(-1, keepdims=True)
     expected = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
@@ -76,6 +76,7 @@ def flatten_layers(shapes):
         yield from (f"{head}/layers/{i}/{tail}" for i in range(12)) if found else (path,)
 
 
+@pytest.mark.slow
 def test_a_step_reads_the_captions_of_its_batch(tiny_clip):
     recipe = build.recipe(config().to_dict())
     pixels = np.random.default_rng(1).integers(0, 256, (2, 1, 32, 32, 3), np.uint8)
