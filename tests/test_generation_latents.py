@@ -210,7 +210,7 @@ def test_any_tokenizer_makes_maps_and_takes_them_back():
         (toys.image("grid"), (4, 4, 3), True),
         (toys.image("tokens"), (1, 16, 3), True),
         (toys.causal(), (4, 4, 3), True),
-        (toys.causal("continuous"), (4, 4, 2), False),
+        (toys.image("continuous"), (4, 4, 2), False),
     ):
         coded = Coder(tokenizer, SIZE, "mean")
         assert (coded.shape, coded.snaps) == (shape, snaps)
