@@ -287,7 +287,7 @@ def get_generator() -> ConfigDict:
     config = get_base()
     config.unlock()
     config.recipe = "generator"
-    for other in ("loss", "schedules", "discriminator", "evaluation", "init_parts"):
+    for other in ("loss", "schedules", "discriminator", "captions", "evaluation", "init_parts"):
         del config[other]
     config.model = ConfigDict({"name": "lightningdit"})  # its fields; grid, channels and classes are those of the data
     config.ema_decay = 0.9999

@@ -210,6 +210,7 @@ def test_the_whole_chain_goes_on_where_it_stopped(kind, tmp_path, capsys):
     assert written["budget"] == configs.to_dict(smoke())["budget"]
     assert set(written["scores"]) == {"generated", "reconstructed", "held out"}
     assert written["scores"]["generated"]["pictures"] == 20
+    assert written["generator"]["training_flops"] > 0
     assert written["scores"]["reconstructed"]["pictures"] == 32
     for found in written["scores"].values():
         assert found["gfid"].startswith("not computed: needs ")
@@ -297,7 +298,7 @@ def test_the_report_says_what_is_missing(tmp_path):
         "tokenizer": {"name": "toy <1>", "decoded": "as they are"},
         "data": {"items": 10, "classes": 0, "reference": 10},
         "budget": {"steps": 3},
-        "generator": {"latents": [4, 4, 2], "tokens": 16, "parameters": 1000},
+        "generator": {"latents": [4, 4, 2], "tokens": 16, "parameters": 1000, "training_flops": 1e9},
         "scores": {"generated": sample, "held out": {"pictures": 0}},
         "judge_accuracy": None,
         "seconds": {"sampling": 1.0},

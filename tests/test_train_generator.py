@@ -19,7 +19,7 @@ from tokenizers.data.pipeline import Pipeline
 from tokenizers.generation.latents import Coder, extract
 from tokenizers.generators.flow import Flow
 from tokenizers.parallel.mesh import global_batch, make_mesh
-from tokenizers.train import build, loop, matching
+from tokenizers.train import build, dryrun, loop, matching
 from tokenizers.train.config import to_dict
 from tokenizers.train.step import make_step
 
@@ -145,6 +145,18 @@ def test_neither_mesh_nor_micro_batches_change_a_run(latents):
     np.testing.assert_allclose(over_mesh, losses(latents, 3), rtol=1e-4)
     in_parts, whole = (losses(latents, 3, accumulate=count, model={"label_dropout": 0.0}) for count in (2, 1))
     np.testing.assert_allclose(in_parts, whole, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_dry_run_needs_no_latents(latents):
+    tiny = config("", **{"data.batch_size": 16, "model": {"grid": (4, 4), "channels": 2, "classes": 3}})
+    tiny.mesh.update({"data": 2, "fsdp": 4})
+    (program,) = dryrun.compile_steps(tiny)
+    assert "latents (16, 4, 4, 2)" in program.inputs
+    assert program.flops > 0
+    tiny.data.path = str(latents)  # which have other classes
+    with pytest.raises(ValueError, match=r"config.model.classes=3, but the latents in .* have 64"):
+        next(dryrun.compile_steps(tiny))
 
 
 def test_times_become_uniform_when_the_recipe_says_so(latents):

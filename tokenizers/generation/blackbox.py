@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import pathlib
 import time
@@ -113,6 +114,7 @@ def judged(tokenizer: Any, config: Mapping[str, Any], folder: pathlib.Path) -> d
             "patch": made.module.patch,
             "tokens": math.prod(latents.shape[:2]) // made.module.patch**2,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(dict(made.variables))),
+            "training_flops": _operations(folder / "generator" / "metrics.jsonl"),
         },
         "scores": {
             "generated": generated.compared(real, spaces.missing),
@@ -236,6 +238,13 @@ def _generated(
             if len(shown) < GRID**2:
                 shown += list(multihost.gather(pictures)[numbers < budget["samples"]])
     return made, found, report.grid(np.stack(shown[: GRID**2]), GRID)
+
+
+def _operations(log: pathlib.Path) -> float | None:
+    """Floating-point operations of a whole run."""
+    if not log.is_file():  # another process writes it
+        return None
+    return json.loads(log.read_text().splitlines()[-1])["flops"]
 
 
 def _notes(results: Mapping[str, Any]) -> list[str]:

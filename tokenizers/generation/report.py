@@ -92,7 +92,8 @@ def _page(results: Mapping[str, Any], samples: Image.Image, curve: bytes | None)
     latents = "x".join(map(str, made["latents"]))
     facts = (
         f"Latents {latents} of {results['data']['items']} pictures; a generator of {made['parameters'] / 1e6:.1f} M "
-        f"parameters with {made['tokens']} tokens. {results['devices']}."
+        f"parameters with {made['tokens']} tokens, trained for {made['training_flops']:.3g} operations. "
+        f"{results['devices']}."
     )
     heads = "".join(f"<th>{name}</th>" for name in scores)
     body = []

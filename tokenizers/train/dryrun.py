@@ -20,7 +20,7 @@ from ..parallel import flops, traffic
 from ..parallel import mesh as meshes
 from . import build
 from . import config as configs
-from .step import make_step
+from .step import Trainable, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +82,9 @@ def compile_steps(config: Mapping) -> Iterator[Program]:
     config = compilable(configs.to_dict(config))
     configs.check_numbers(config)
     mesh = meshes.from_config(config["mesh"])
-    shapes = [
-        (name, (stream["batch_size"], stream["frames"], *size, 3))
-        for name, stream in config["data"]["streams"].items()
-        for size in stream["resolutions"]
-    ]
     with jax.set_mesh(mesh):
         recipe = build.recipe(config)
+        shapes = _batches(config, recipe)
         build.check_batches(shapes, recipe, mesh)
         state = build.abstract_state(config, recipe, mesh)
         everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
@@ -116,6 +112,17 @@ def compile_steps(config: Mapping) -> Iterator[Program]:
             )
 
 
+def _batches(config: Mapping, recipe: Trainable) -> list[tuple[str, tuple[int, ...]]]:
+    """(stream, global shape) of all batches."""
+    if config["recipe"] == "generator":  # of latents; without a folder of them, such as the network's defaults are for
+        return [("latents", (config["data"]["batch_size"], *recipe.model.grid, recipe.model.channels))]
+    return [
+        (name, (stream["batch_size"], stream["frames"], *size, 3))
+        for name, stream in config["data"]["streams"].items()
+        for size in stream["resolutions"]
+    ]
+
+
 def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     shape = leaf.sharding.shard_shape(leaf.shape)
     size = leaf.dtype.itemsize
@@ -127,6 +134,11 @@ def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
 def compilable(config: Mapping) -> dict[str, Any]:
     """The config as it can be compiled: shapes in place of weight files, random weights for a whole tokenizer."""
     config = copy.deepcopy(dict(config))
+    config["init_from"] = None
+    if config["precision"] == "auto":  # what it means where such a run takes place
+        config["precision"] = "bfloat16"
+    if config["recipe"] == "generator":
+        return dict(build.kind(config).resolve(config)) if config["data"]["path"] else config
     for place, name in (
         *((config["loss"], f"{part}_path") for part in ("perceptual", "convnext", "vgg", "flow")),
         (config["loss"]["alignment"], "path"),
@@ -135,9 +147,7 @@ def compilable(config: Mapping) -> dict[str, Any]:
     ):
         place[name] = weights.SHAPES
     config["loss"]["tokens"]["path"] = "random"
-    config["init_from"], config["init_parts"] = None, {}
-    if config["precision"] == "auto":  # what it means where such a run takes place
-        config["precision"] = "bfloat16"
+    config["init_parts"] = {}
     return config
 
 
