@@ -88,7 +88,7 @@ def data(**changes) -> ConfigDict:
     config.drawings = 10_000  # of source "shapes", for training; held_out says how many others there are
     config.labels = False  # classes of the items: the folders of images, or the labels in shards ("shapes" has them)
     config.virtual_camera = False  # make clips from photographs where a stream asks for several frames
-    config.crop = "random"  # random, center
+    config.crop = "random"  # random, center; adm: ImageNet's for generators (tokenizers/data/transforms.py)
     config.zoom = (1.0, 1.0)  # range of random enlargement before the crop
     config.flip = True
     config.resample = "lanczos"

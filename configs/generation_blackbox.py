@@ -53,7 +53,7 @@ def get_config(arg=None):
     config.latents.statistics_items = 10_000
 
     # All training items are encoded; without path or source, drawings.
-    config.data = base.data(source="shapes", drawings=100_000, held_out="", crop="center", flip=False)
+    config.data = base.data(source="shapes", drawings=100_000, held_out="", crop="adm", flip=False)
     config.data.streams["pictures"] = base.stream(resolutions=((256, 256),), batch_size=64)
     config.reference_items = 50_000  # of the training items, spread evenly, that samples are compared with; 0 = all
     config.sample_batch_size = 64

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import refweights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from reference import Case, cases
 
-from tokenizers.data import embedded
+from tokenizers.data import embedded, transforms
+from tokenizers.data import settings as settings_of_data
 from tokenizers.data.camera import virtual_camera_clip
 from tokenizers.data.transforms import FILTERS, Crop, apply_crop, choose_crop, nearest_aspect
 
@@ -139,3 +142,25 @@ def test_embedded_photographs_are_rgb_and_the_splits_are_disjoint():
     # The astronaut's suit is orange: red above green above blue.
     suit = embedded.photograph("astronaut.png")[350:400, 100:150].reshape(-1, 3).mean(0)
     assert suit[0] > suit[1] > suit[2]
+
+
+@pytest.mark.parametrize("name", cases("vtp", "center_crop_arr"))
+def test_adm_crop_is_the_published_one(name):
+    case = Case("vtp", name)
+    side = case.meta["config"]["image_size"]
+    for key, entry in case.meta["inputs"].items():
+        unit = (refweights.uniform(entry["seed_name"], tuple(entry["shape"])).astype(np.float64) + 1) / 2
+        image = np.floor(entry["low"] + unit * (entry["high"] - entry["low"])).astype(np.uint8)
+        np.testing.assert_array_equal(transforms.adm_crop(image[None], (side, side))[0], case.outputs[key], key)
+
+
+def test_adm_crop_makes_squares():
+    frames = np.arange(2 * 9 * 20 * 3, dtype=np.uint8).reshape(2, 9, 20, 3)
+    assert transforms.adm_crop(frames, (4, 4)).shape == (2, 4, 4, 3)
+    assert transforms.adm_crop(frames, (40, 40)).shape == (2, 40, 40, 3)
+    np.testing.assert_array_equal(transforms.adm_crop(frames, (9, 9)), frames[:, :, 5:14])
+    with pytest.raises(ValueError, match="makes squares"):
+        transforms.adm_crop(frames, (4, 8))
+    stream = {"resolutions": ((16, 24),), "batch_size": 2}
+    with pytest.raises(ValueError, match="every resolution must be one"):
+        settings_of_data.resolve({"crop": "adm", "streams": {"image": stream}})

@@ -561,6 +561,7 @@ def test_evaluation_crops_are_the_official_ones(name):
     ours = transforms.apply_crop(image, crop, size, "bicubic")[0].astype(int)
     # Only what is under the crop is resampled; a level of rounding may differ.
     assert np.abs(ours - case.outputs["eval_transform"]).max() <= 1
+    np.testing.assert_array_equal(transforms.adm_crop(image, size)[0], case.outputs["adm_center_crop"])
 
 
 def test_a_model_for_512_pixels_has_longer_tables_and_nothing_else():

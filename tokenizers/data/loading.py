@@ -10,7 +10,7 @@ import numpy as np
 from .camera import CLOSEST, virtual_camera_clip
 from .decode import decode_clip, decode_image
 from .records import Record, Unusable
-from .transforms import Crop, apply_crop, choose_crop
+from .transforms import Crop, adm_crop, apply_crop, choose_crop
 
 # After so many unusable files in a row the data set counts as empty.
 MAX_TRIES = 4096
@@ -58,6 +58,9 @@ class Item:
             return clip[:, :, ::-1] if self.flip and rng.random() < 0.5 else clip
         if hasattr(record.data, "render"):  # Drawn to fit, and never mirrored: its caption knows left from right.
             return self._decode(record, rng, 1.0)
+        if self.crop == "adm":
+            frames = adm_crop(self._decode(record, rng, None), self.size)
+            return frames[:, :, ::-1] if self.flip and rng.random() < 0.5 else frames
         frames = self._decode(record, rng, self.zoom[1])
         if self.crop == "random":
             crop = choose_crop(frames.shape[1:3], self.size, rng=rng, zoom=self.zoom, flip=self.flip)
@@ -71,6 +74,8 @@ class Item:
         if record.kind == "image" and self.frames > 1:
             return self._camera_clip(pool, record, np.random.default_rng([position, view]), None)
         frames = self._decode(record, None, None)
+        if self.crop == "adm" and not view:
+            return adm_crop(frames, self.size)
         crop = corner_crop(frames.shape[1:3], self.size, view) if view else choose_crop(frames.shape[1:3], self.size)
         return apply_crop(frames, crop, self.size, self.resample)
 

@@ -59,7 +59,7 @@ class Settings:
     Attributes:
       streams: by name, sorted.
       virtual_camera: make clips from images in streams with several frames.
-      crop: "random" or "center".
+      crop: "random", "center", or "adm" (squares as `transforms.adm_crop` makes them, in evaluation too).
       flip: mirror half of the items.
       zoom: range of the random enlargement before a random crop, at least 1 (see `transforms.choose_crop`).
       resample: resize filter, one of `transforms.FILTERS`.
@@ -118,8 +118,12 @@ def resolve(config: Mapping[str, Any]) -> Settings:
     errors.pick("resample filter", settings.resample, FILTERS)
     if len(settings.zoom) != 2 or not 1.0 <= settings.zoom[0] <= settings.zoom[1]:
         raise ValueError(f"zoom must be (low, high) with 1 <= low <= high, got {settings.zoom}")
-    if settings.zoom != (1.0, 1.0) and settings.crop == "center":
-        raise ValueError(f"zoom {settings.zoom} belongs to random crops, but crop is 'center'; use zoom=(1, 1)")
+    if settings.zoom != (1.0, 1.0) and settings.crop != "random":
+        raise ValueError(
+            f"zoom {settings.zoom} belongs to random crops, but crop is {settings.crop!r}; use zoom=(1, 1)"
+        )
+    if settings.crop == "adm" and any(h != w for stream in streams.values() for h, w in stream.resolutions):
+        raise ValueError("crop='adm' makes squares: every resolution must be one.")
     for key in ("workers", "read_threads", "prefetch"):
         if not isinstance(getattr(settings, key), int) or getattr(settings, key) < 0:
             raise ValueError(f"{key} must be an integer of at least 0, got {getattr(settings, key)!r}")
