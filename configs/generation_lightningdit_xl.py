@@ -7,7 +7,8 @@
 --config.flow.uniform_from=600000), 1e20 operations without those of remat: nine hours of eight H100s at 40 % of their
 peak (reckoned, not measured). Published FIDs of 50,000 samples, Euler with 250 points: VA-VAE
 f16d32 after 64 epochs 5.14, with guidance 2.11; after 800 epochs 2.17 and 1.35. VTP, without guidance, after 80: 5.46
-(small), 3.88 (base), 2.81 (large). Arguments: ``vtp-s``, ``vtp-b`` and ``vtp-l`` draw times as VTP does, nearer to the
+(small), 3.88 (base), 2.81 (large). Should a long run end in NaN, its authors advise --config.model.qk_norm=True or
+--config.optimizer.clip=1. Arguments: ``vtp-s``, ``vtp-b`` and ``vtp-l`` draw times as VTP does, nearer to the
 noise.
 """
 

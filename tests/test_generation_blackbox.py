@@ -232,6 +232,12 @@ def test_the_whole_chain_goes_on_where_it_stopped(kind, tmp_path, capsys):
         blackbox.evaluate_checkpoint(tmp_path / "toy", smoke(**{"budget.steps": 2}))
 
 
+def test_guidance_needs_classes(tmp_path):
+    config = configs.to_dict(smoke(**{"data.source": "embedded", "budget.guidance": 2.0}))
+    with pytest.raises(ValueError, match="guidance=2.0 needs classes"):
+        blackbox.judged(toys.image("continuous"), config, tmp_path)
+
+
 def evaluate(*arguments):
     command = [sys.executable, "eval.py", "--config=configs/generation_blackbox.py:smoke", *map(str, arguments)]
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
