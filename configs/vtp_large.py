@@ -23,6 +23,7 @@ def get_config(arg=None):
     config = base.get_pretraining_base()
     config.steps = 67_000  # 1.1 billion pairs, those of the paper's scaling study
     config.model.name = "vtp-large-f16d64"
+    config.model.clip = True  # a tower of texts
     config.model.qk_norm = (True, True)  # the paper's; published weights are without
     config.model.rotation = "float32"  # rounded steps are of use only for published weights
     config.model.remat = "full"

@@ -289,7 +289,7 @@ OFF = {
 def test_each_objective_can_be_left_out(alone):
     """And trains the parts that it is about."""
     changes = {key: value for name, part in OFF.items() if name != alone for key, value in part.items()}
-    config = tiny(**changes, **{"optimizer.weight_decay": 0.0})
+    config = tiny(**changes, **{"optimizer.weight_decay": 0.0, "optimizer.warmup": 0})
     parts, metrics = moved(config)
     encoder = {"trunk", "trunk_norm"}
     expected = {
@@ -305,7 +305,7 @@ def test_each_objective_can_be_left_out(alone):
 @pytest.mark.slow
 def test_centering_moves_its_centers_and_prototypes_wait():
     changes = {f"pretraining.distillation.{name}": value for name, value in (("targets", "centering"), ("frozen", 1))}
-    config = tiny(**changes, **{"optimizer.weight_decay": 0.0})
+    config = tiny(**changes, **{"optimizer.weight_decay": 0.0, "optimizer.warmup": 0})
     recipe = build.recipe(to_dict(config))
     first = jax.jit(recipe.initialize)().params["objective"]["head"]["prototypes"]
     state, _ = trained(config, steps=1)

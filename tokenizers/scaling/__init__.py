@@ -1,0 +1,1 @@
+"""Scaling studies: many runs of a sweep, and the curves through what they reach."""
