@@ -38,7 +38,7 @@ def accepted_arguments(name):
 TRAINING = [
     (name, argument)
     for name in NAMES
-    if not name.startswith(("eval_", "generation_"))
+    if not name.startswith(("eval_", "generation_", "scaling_"))
     for argument in (None, *accepted_arguments(name))
 ]
 GENERATORS = [

@@ -28,6 +28,7 @@ ALLOWED = {
     "api": FOUNDATION | {"captions", "registry", "streaming", "tiling", "parallel", "convert"},
     "loading": FOUNDATION | {"api", "registry", "parallel", "convert", "generators", "train"},
     "generation": FOUNDATION | {"parallel", "nn", "networks", "data", "loading", "generators", "evaluate", "train"},
+    "scaling": {"errors", "train"},
     "media": {"errors", "data"},
     "commands": FOUNDATION | {"media", "api", "data", "parallel"},
     "evaluate": FOUNDATION | {"captions", "parallel", "networks", "convert", "data", "loading", "losses"},
