@@ -47,7 +47,7 @@ def get_config(arg=None):
     config.data = base.data(source="videos", path="data/videos/train", held_out="0.01")
     config.data.streams["video"] = base.stream(frames=11, batch_size=64, resolutions=((128, 128),))
     config.evaluation.every = config.checkpoint.every = 10_000
-    if arg == "smoke":  # half a minute, on embedded photographs that a virtual camera moves, without VGG16's weights
+    if arg == "smoke":  # a minute, on embedded photographs that a virtual camera moves, without VGG16's weights
         config.steps = 40
         config.loss.vgg_hidden_weight = 0.0
         bits = {"name": "lfq", "bits": 10, "bit_order": "big", "entropy": "clamped"}
