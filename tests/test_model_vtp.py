@@ -1,6 +1,7 @@
 """VTP against the authors' code: latents, pixels, features, CLIP's embeddings, rotary tables, token ids."""
 
 import functools
+import json
 
 import chex
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import refweights
+import safetensors.numpy
 from reference import Case, cases, relative_l2
 
 import tokenizers
@@ -178,6 +180,19 @@ def test_weights_go_back_under_their_official_names_and_old_ones_are_read():
     old |= {"teacher_trunk.norm.weight": np.ones(2, np.float32), "trunk.rope_embed.periods": np.ones(4, np.float32)}
     again = tokenizers.from_official("vtp", case.meta["config"], old)
     chex.assert_trees_all_equal(again.params, tok.params)
+
+
+def test_a_published_folder_is_read_as_it_is(tmp_path):
+    case, tok = converted("small_released_style")
+    safetensors.numpy.save_file(case.weights(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(case.meta["config"] | {"architectures": ["VTPModel"]}))
+    again = tokenizers.load(tmp_path, model="vtp")
+    assert again.module == tok.module
+    chex.assert_trees_all_equal(again.params, tok.params)
+    with pytest.raises(ValueError, match="model= says whose it is"):
+        tokenizers.load(tmp_path)
+    with pytest.raises(ValueError, match="unknown key of a VQGAN config"):
+        tokenizers.load(tmp_path, model="vqgan-imagenet-f16-1024")
 
 
 def test_official_configs_that_mean_something_else_are_refused():

@@ -38,8 +38,9 @@ def load(source: str | pathlib.Path, model: str | None = None, step: int | None 
     """A tokenizer with trained weights.
 
     Args:
-      source: a run of train.py (its EMA weights), a folder of `Tokenizer.save`, or an official weight file
-        (.safetensors .pth .pt .ckpt .bin .jit), which needs ``model``.
+      source: a run of train.py (its EMA weights), a folder of `Tokenizer.save`, an official weight file
+        (.safetensors .pth .pt .ckpt .bin .jit), which needs ``model``, or a published folder of such a file and its
+        ``config.json``, which needs its system as ``model``.
       model: released variant, or system, that an official file belongs to.
       step: checkpoint of a run; default the latest.
       **fields: with an official file, fields that differ from the variant's.
@@ -50,11 +51,14 @@ def load(source: str | pathlib.Path, model: str | None = None, step: int | None 
     path = pathlib.Path(source).expanduser()
     if not path.exists():
         raise ValueError(f"{path} does not exist; accepted: a run of train.py, a saved folder, or a weight file.")
-    is_run = (path / RUN_CONFIG).is_file()
+    published = _published_weights(path)
+    is_run = (path / RUN_CONFIG).is_file() and published is None
     if step is not None and not is_run:
         raise ValueError(f"step={step} belongs to a run of train.py, which {path} is not.")
     if path.is_file():
         return _from_file(path, model, fields)
+    if published is not None:
+        return _from_published(path, published, model, fields)
     if model is not None or fields:
         raise ValueError(f"{path} is a folder and knows its model; model= and fields belong to official weight files.")
     if (path / SAVED_CONFIG).is_file():
@@ -63,8 +67,33 @@ def load(source: str | pathlib.Path, model: str | None = None, step: int | None 
         return _from_run(path, step)
     raise ValueError(
         f"{path} holds neither {RUN_CONFIG} (a run of train.py) nor {SAVED_CONFIG} (a saved tokenizer); to load an "
-        "official weight file, give the file itself and model=."
+        "official weight file, give the file itself, or a folder with its config.json, and model=."
     )
+
+
+_PUBLISHED = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+
+
+def _published_weights(folder: pathlib.Path) -> pathlib.Path | None:
+    """The weight file beside the config.json of a published folder."""
+    if not (folder / RUN_CONFIG).is_file() or (folder / SAVED_CONFIG).is_file():
+        return None
+    return next((folder / name for name in _PUBLISHED if (folder / name).is_file()), None)
+
+
+def _from_published(folder: pathlib.Path, file: pathlib.Path, model: str | None, fields: Mapping[str, Any]) -> Any:
+    from .convert import files
+
+    if model is None or fields:
+        raise ValueError(
+            f"{folder} is a published folder: its config.json has the fields, and model= says whose it is, for example "
+            f"load({str(folder)!r}, model='vtp'); one of: {', '.join(registry.systems())}."
+        )
+    try:
+        config = json.loads((folder / RUN_CONFIG).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / RUN_CONFIG} is not readable JSON ({error}); fetch it again.") from error
+    return from_official(registry.system_of(model), config, files.read_state_dict(file))
 
 
 def _from_saved(folder: pathlib.Path) -> Tokenizer:
