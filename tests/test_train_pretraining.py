@@ -13,7 +13,7 @@ from reference import Case, cases, relative_l2
 from vitok_training import LPIPSWeights
 
 import tokenizers
-from configs import base, vtp_large
+from configs import base, vtp_large, vtp_stage2
 from tokenizers.losses import perceptual, reconstruction
 from tokenizers.models import vtp
 from tokenizers.networks.lpips import LPIPS
@@ -356,3 +356,22 @@ def test_contrast_needs_captions():
     recipe = build.recipe(to_dict(tiny()))
     with pytest.raises(ValueError, match="needs captions: set config.data.source"):
         recipe.inputs({"pixels": np.zeros((16, 1, 32, 32, 3), np.uint8)})
+
+
+@pytest.mark.slow
+def test_the_second_stage_leaves_what_is_understood_alone(tmp_path):
+    """To the last bit, while the decoder learns against a discriminator."""
+    first = tiny(**{"evaluation.final_report": False, "steps": 2})
+    loop.run(first, tmp_path / "first")
+    config = vtp_stage2.get_config("smoke")
+    config.model.update(first.model)
+    config.data = first.data
+    config.init_from = str(tmp_path / "first")
+    config.update_from_flattened_dict({"steps": 3, "evaluation.final_report": False})
+    loop.run(config, tmp_path / "second")
+    one, two = (tokenizers.load(tmp_path / name) for name in ("first", "second"))
+    moved = {name for name in one.params if not _same(one.params[name], two.params[name])}
+    assert moved == {"pixel_decoder"}
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    np.testing.assert_array_equal(one.encode(pixels).latents, two.encode(pixels).latents)
+    np.testing.assert_array_equal(one.image_embedding(pixels), two.image_embedding(pixels))
