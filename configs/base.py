@@ -199,7 +199,7 @@ def get_base() -> ConfigDict:
     config.loss.logvar = 0.0  # start of the learned log-variance
     config.loss.bottleneck = ConfigDict()  # weight of each loss term the bottleneck returns
     config.loss.alignment = ConfigDict()  # of latents with the features of a frozen network (VA-VAE)
-    config.loss.alignment.network = placeholder(str)  # dinov2_large, mae_large; None = no alignment
+    config.loss.alignment.network = placeholder(str)  # dinov2_large(_registers), mae_large; None = no alignment
     config.loss.alignment.path = ""  # weight file; default: $TOKENIZERS_WEIGHTS
     config.loss.alignment.weight = 0.1
     config.loss.alignment.layer = "encoder/conv_out/kernel"  # weight relative to the gradients there; "" = as it is
@@ -228,7 +228,9 @@ def get_base() -> ConfigDict:
     # patchgan_2d, patchgan_3d, blur_2d, maskbit_2d, phenaki_2d, stylegan_2d, stylegan_3d, tats_2d, tats_3d, dino_2d
     # (channels=0: those of the network); None = no adversarial loss
     config.discriminator.name = placeholder(str)
-    config.discriminator.network = "dinov2_small"  # frozen, of dino_2d: dinov2_small, dinov2_base, dinov2_large
+    config.discriminator.network = (
+        "dinov2_small"  # frozen, of dino_2d: dinov2_small, dinov2_base, dinov2_large; also .._registers
+    )
     config.discriminator.path = ""  # its weight file; default: $TOKENIZERS_WEIGHTS
     config.discriminator.channels = 64
     config.discriminator.layers = 3

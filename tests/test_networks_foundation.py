@@ -73,3 +73,22 @@ def test_what_does_not_fit_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKENIZERS_WEIGHTS", str(tmp_path))
     with pytest.raises(MissingWeights, match="dinov2_vitl14_pretrain.pth"):
         foundation.load("dinov2_large")
+
+
+def test_registers_are_dinov2s():
+    """Against transformers' DINOv2 with registers, which has the official weights under other names."""
+    case = Case("foundation", "dinov2_registers")
+    module = foundation.VisionTransformer(**case.meta["config"])
+    variables = foundation.variables(module, case.weights())
+    image, places = case.input("image"), case.meta["config"]["table"]
+    tokens = jax.jit(lambda v, x: module.apply(v, x, method="tokens")[0])(variables, image)
+    assert relative_l2(tokens, case.outputs["tokens"]) < OUTPUT
+    features = module.apply(variables, image)
+    np.testing.assert_allclose(features.reshape(2, places**2, -1), tokens[:, 5:], atol=1e-5)
+    # timm's files have the class token's position in the token, and another name for the registers.
+    timm = case.weights()
+    timm["reg_token"] = timm.pop("register_tokens")
+    timm["cls_token"] = timm["cls_token"] + timm["pos_embed"][:, :1]
+    timm["pos_embed"] = timm["pos_embed"][:, 1:]
+    other = jax.jit(lambda v, x: module.apply(v, x, method="tokens")[0])(foundation.variables(module, timm), image)
+    np.testing.assert_allclose(other, tokens, atol=1e-5)

@@ -29,16 +29,17 @@ Array = jax.Array
 
 STRIDE = 16  # pixels per feature
 
+_DINOV2 = {"patch": 14, "table": 37, "layer_scale": True}
+_SMALL, _BASE = {"width": 384, "depth": 12, "heads": 6}, {"width": 768, "depth": 12, "heads": 12}
+_REGISTERS = {"registers": 4}
+
 FOUNDATION = {
-    "dinov2_small": (
-        {"width": 384, "depth": 12, "heads": 6, "patch": 14, "table": 37, "layer_scale": True},
-        "dinov2_vits14",
-    ),
-    "dinov2_base": (
-        {"width": 768, "depth": 12, "heads": 12, "patch": 14, "table": 37, "layer_scale": True},
-        "dinov2_vitb14",
-    ),
-    "dinov2_large": ({"patch": 14, "table": 37, "layer_scale": True}, "dinov2_vitl14"),
+    "dinov2_small": (_DINOV2 | _SMALL, "dinov2_vits14"),
+    "dinov2_base": (_DINOV2 | _BASE, "dinov2_vitb14"),
+    "dinov2_large": (_DINOV2, "dinov2_vitl14"),
+    "dinov2_small_registers": (_DINOV2 | _SMALL | _REGISTERS, "dinov2_vits14_reg4"),
+    "dinov2_base_registers": (_DINOV2 | _BASE | _REGISTERS, "dinov2_vitb14_reg4"),
+    "dinov2_large_registers": (_DINOV2 | _REGISTERS, "dinov2_vitl14_reg4"),
     "mae_large": ({"patch": 16, "table": 14, "layer_scale": False}, "mae_vitl16"),
 }
 
@@ -51,6 +52,7 @@ class VisionTransformer(nn.Module):
       patch: side of a patch, in pixels of the image at ``patch / 16`` of its size.
       table: side of the grid that positions are stored for; others are resampled (bicubic, antialiased).
       layer_scale: whether each branch is scaled per channel.
+      registers: tokens without a place between that of the class and the patches (https://arxiv.org/abs/2309.16588).
       dtype: compute dtype; norms' statistics and softmax are float32.
     """
 
@@ -60,16 +62,17 @@ class VisionTransformer(nn.Module):
     patch: int = 16
     table: int = 14
     layer_scale: bool = False
+    registers: int = 0
     dtype: Any = jnp.float32
 
     def __call__(self, pixels: Array) -> Array:  # (b h w 3) in [-1, 1] -> (b h/16 w/16 width), float32
         *_, height, width, _ = pixels.shape
-        x = self.tokens(pixels)[0][:, 1:]
+        x = self.tokens(pixels)[0][:, 1 + self.registers :]
         return x.reshape(x.shape[0], height // STRIDE, width // STRIDE, self.width).astype(jnp.float32)
 
     @nn.compact
     def tokens(self, pixels: Array, depths: tuple[int, ...] | None = None) -> tuple[Array, tuple[Array, ...]]:
-        """All tokens ``(B, 1 + n, width)``, that of the class first, and what they were on the way.
+        """All tokens ``(B, 1 + registers + n, width)``, that of the class first, and what they were on the way.
 
         Args:
           pixels: ``(B, H, W, 3)``.
@@ -88,6 +91,11 @@ class VisionTransformer(nn.Module):
         first = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32)
         x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, self.width)).astype(x.dtype), x], axis=1)
         x = x + self._positions(grid).astype(x.dtype)
+        if self.registers:
+            shape = (1, self.registers, self.width)
+            more = self.param("register_tokens", nn.initializers.normal(0.02), shape, jnp.float32)
+            more = jnp.broadcast_to(more, (x.shape[0], *shape[1:])).astype(x.dtype)
+            x = jnp.concatenate([x[:, :1], more, x[:, 1:]], axis=1)
         found = [] if depths is None else [x]
         for i in range(self.depth):
             x = self._block(f"block{i}")(x)

@@ -81,6 +81,21 @@ PUBLISHED: dict[str, Published] = {
         ("dinov2_vitb14_pretrain.pth", "vit_base_patch14_dinov2.lvd142m.safetensors"),
         "facebookresearch/dinov2 (without registers), or timm's vit_base_patch14_dinov2.lvd142m",
     ),
+    "dinov2_vits14_reg4": Published(
+        "DINOv2 ViT-S/14 with registers",
+        ("dinov2_vits14_reg4_pretrain.pth", "vit_small_patch14_reg4_dinov2.lvd142m.safetensors"),
+        "facebookresearch/dinov2 (with registers), or timm's vit_small_patch14_reg4_dinov2.lvd142m",
+    ),
+    "dinov2_vitb14_reg4": Published(
+        "DINOv2 ViT-B/14 with registers",
+        ("dinov2_vitb14_reg4_pretrain.pth", "vit_base_patch14_reg4_dinov2.lvd142m.safetensors"),
+        "facebookresearch/dinov2 (with registers), or timm's vit_base_patch14_reg4_dinov2.lvd142m",
+    ),
+    "dinov2_vitl14_reg4": Published(
+        "DINOv2 ViT-L/14 with registers",
+        ("dinov2_vitl14_reg4_pretrain.pth", "vit_large_patch14_reg4_dinov2.lvd142m.safetensors"),
+        "facebookresearch/dinov2 (with registers), or timm's vit_large_patch14_reg4_dinov2.lvd142m",
+    ),
     "maskgit_vqgan": Published(
         "MaskGIT's VQGAN, ImageNet at 256 x 256",
         ("maskgit-vqgan-imagenet-f16-256.bin", "tokenizer_imagenet256_checkpoint"),
