@@ -19,6 +19,7 @@ def pair(shape=(2, 4, 6, 3), seed=0):
 
 FORMULAS = {
     "l1": lambda d: np.mean(np.abs(d)),
+    "l1_imagenet": lambda d: np.mean(np.abs(d) / (2 * np.array([0.229, 0.224, 0.225]))),
     "l2": lambda d: np.mean(d**2),
     "charbonnier": lambda d: np.mean(np.sqrt(d**2 + 1e-6)),
     "smooth_l1": lambda d: np.mean(np.where(abs(d) < 0.05, d**2 / 0.1, abs(d) - 0.025)),

@@ -132,8 +132,9 @@ def check_flags(arguments):
     if arguments[0] == "eval.py" and not any(word.startswith("--config=") for word in arguments):
         arguments = [arguments[0], "--config=configs/eval_default.py", *arguments[1:]]
     config_flags.DEFINE_config_file("config", flag_values=given)
-    for name in ("workdir",) if arguments[0] == "train.py" else ("checkpoint", "out"):
+    for name in ("workdir", "mesh") if arguments[0] == "train.py" else ("checkpoint", "out"):
         flags.DEFINE_string(name, None, name, flag_values=given)
+    flags.DEFINE_bool("dry_run", False, "of train.py", flag_values=given)
     if any("configs/patches.py" in argument for argument in arguments):
         return  # the page that says so writes that file
     # The parser of config flags looks for them in sys.argv.

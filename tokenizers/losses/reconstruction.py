@@ -44,6 +44,15 @@ def smooth_l1_error(prediction: Array, target: Array, width: float = 0.05) -> Ar
     return jnp.where(difference < width, jnp.square(difference) / (2 * width), difference - width / 2)
 
 
+# Standard deviations of ImageNet's colours, of values in [0, 1].
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def imagenet_error(prediction: Array, target: Array) -> Array:
+    """|difference| of ImageNet-normalized colours (VTP) per value, of images ``(..., 3)`` in [-1, 1]."""
+    return absolute_error(prediction, target) / (2 * jnp.asarray(IMAGENET_STD))
+
+
 def l1(prediction: Array, target: Array) -> Array:
     """Mean absolute error: arrays of one shape -> float32 scalar."""
     return jnp.mean(absolute_error(prediction, target))
@@ -54,13 +63,9 @@ def l2(prediction: Array, target: Array) -> Array:
     return jnp.mean(squared_error(prediction, target))
 
 
-# Standard deviations of ImageNet's colours, of values in [0, 1].
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
 def l1_imagenet(prediction: Array, target: Array) -> Array:
-    """Mean absolute error of ImageNet-normalized colours: images ``(..., 3)`` in [-1, 1] -> float32 scalar (VTP)."""
-    return jnp.mean(absolute_error(prediction, target) / (2 * jnp.asarray(IMAGENET_STD)))
+    """Mean `imagenet_error`: images ``(..., 3)`` in [-1, 1] -> float32 scalar."""
+    return jnp.mean(imagenet_error(prediction, target))
 
 
 def charbonnier(prediction: Array, target: Array, eps: float = 1e-3) -> Array:
@@ -74,7 +79,13 @@ def smooth_l1(prediction: Array, target: Array, width: float = 0.05) -> Array:
 
 
 PIXEL_ERROR: Mapping[str, Loss] = MappingProxyType(
-    {"l1": absolute_error, "l2": squared_error, "charbonnier": charbonnier_error, "smooth_l1": smooth_l1_error}
+    {
+        "l1": absolute_error,
+        "l1_imagenet": imagenet_error,
+        "l2": squared_error,
+        "charbonnier": charbonnier_error,
+        "smooth_l1": smooth_l1_error,
+    }
 )
 RECONSTRUCTION: Mapping[str, Loss] = MappingProxyType(
     {"l1": l1, "l2": l2, "l1_imagenet": l1_imagenet, "charbonnier": charbonnier, "smooth_l1": smooth_l1}

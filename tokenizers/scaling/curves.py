@@ -115,7 +115,9 @@ def laws(found: Mapping[str, Mapping[str, Any]], config: Mapping) -> str:
 def picture(found: Mapping[str, Mapping[str, Any]], config: Mapping) -> bytes:
     """PNG: a panel for every score, against the operations of pre-training; points are runs, lines the laws."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
+    colours = {name: f"C{number}" for number, name in enumerate(config["axes"][config["curves"]])}
     shown = {score: of_score for score, of_score in found.items() if of_score}
     columns = min(3, max(len(shown), 1))
     rows = max(-(-len(shown) // columns), 1)
@@ -125,15 +127,21 @@ def picture(found: Mapping[str, Mapping[str, Any]], config: Mapping) -> bytes:
         panel.set_axis_off()
     for panel, (score, of_score) in zip(panels, shown.items(), strict=False):
         about = config["scores"][score]
-        for number, (curve, values) in enumerate(of_score.items()):
+        for curve, values in of_score.items():
             x, y = (np.asarray([point[i] for point in values["points"]]) for i in (0, 1))
-            panel.scatter(x, y, s=22, color=f"C{number}", label=curve, alpha=0.8)
+            panel.scatter(x, y, s=22, color=colours[curve], label=curve, alpha=0.8)
             if values["law"] is not None:
                 line = np.geomspace(x.min(), x.max(), 50)
-                panel.plot(line, at(values["law"], line, about["law"]), color=f"C{number}")
+                panel.plot(line, at(values["law"], line, about["law"]), color=colours[curve])
         panel.set_xscale("log")
+        logarithmic = [panel.xaxis]
         if about["law"] == POWER and all(y > 0 for c in of_score.values() for _, y, _ in c["points"]):
             panel.set_yscale("log")
+            logarithmic.append(panel.yaxis)
+        for axis in logarithmic:  # less than a decade needs more than its powers of ten
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(10, 10)))
+            axis.set_minor_formatter(NullFormatter())
         panel.set_title(f"{score} ({'less' if about['less_is_better'] else 'more'} is better)", fontsize=10)
         panel.set_xlabel("operations of pre-training", fontsize=9)
         panel.grid(alpha=0.3, which="both")
