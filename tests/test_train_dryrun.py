@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import vtp_large
 from tokenizers.parallel import mesh as meshes
 from tokenizers.parallel import traffic
-from tokenizers.train import dryrun
+from tokenizers.train import dryrun, loop
 
 
 def sums_in_a_loop(mesh, width=64):
@@ -83,3 +83,12 @@ def test_vtp_large_fits_64_devices():
     # Parameters come whole to where they are used, once, and gradients are summed: neither depends on the batch.
     assert sent["all-gather"] < 6, said
     assert sent["all-reduce"] < 9, said
+
+
+def test_large_configs_say_what_data_they_need(tmp_path):
+    """At once, before devices, folders or compilation: which field, which formats, and what runs without."""
+    with pytest.raises(ValueError, match="config.data.path is empty, and source 'captions'") as error:
+        loop.run(vtp_large.get_config(), tmp_path / "run")
+    for word in ("captions", "array_record", "parquet", "tar", ":smoke"):
+        assert word in str(error.value)
+    assert not (tmp_path / "run").exists()
