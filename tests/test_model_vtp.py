@@ -13,9 +13,11 @@ import safetensors.numpy
 from reference import Case, cases, relative_l2
 
 import tokenizers
+from configs import eval_default
 from tokenizers import captions, registry
 from tokenizers.convert import engine
 from tokenizers.convert import vtp as conversion
+from tokenizers.evaluate import session
 from tokenizers.models import vtp
 from tokenizers.nn.text import TextTower
 
@@ -193,6 +195,11 @@ def test_a_published_folder_is_read_as_it_is(tmp_path):
         tokenizers.load(tmp_path)
     with pytest.raises(ValueError, match="unknown key of a VQGAN config"):
         tokenizers.load(tmp_path, model="vqgan-imagenet-f16-1024")
+    # It has a config.json as runs have, but no data of its own that it could be evaluated on.
+    config = eval_default.get_config()
+    config.model.name = "vtp"
+    with pytest.raises(ValueError, match="is not a run of train.py, so it has no held-out data"):
+        session.evaluate_checkpoint(tmp_path, config)
 
 
 def test_official_configs_that_mean_something_else_are_refused():

@@ -52,8 +52,7 @@ def load(source: str | pathlib.Path, model: str | None = None, step: int | None 
     if not path.exists():
         raise ValueError(f"{path} does not exist; accepted: a run of train.py, a saved folder, or a weight file.")
     published = _published_weights(path)
-    is_run = (path / RUN_CONFIG).is_file() and published is None
-    if step is not None and not is_run:
+    if step is not None and not is_run(path):
         raise ValueError(f"step={step} belongs to a run of train.py, which {path} is not.")
     if path.is_file():
         return _from_file(path, model, fields)
@@ -63,12 +62,17 @@ def load(source: str | pathlib.Path, model: str | None = None, step: int | None 
         raise ValueError(f"{path} is a folder and knows its model; model= and fields belong to official weight files.")
     if (path / SAVED_CONFIG).is_file():
         return _from_saved(path)
-    if is_run:
+    if is_run(path):
         return _from_run(path, step)
     raise ValueError(
         f"{path} holds neither {RUN_CONFIG} (a run of train.py) nor {SAVED_CONFIG} (a saved tokenizer); to load an "
         "official weight file, give the file itself, or a folder with its config.json, and model=."
     )
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Whether that is a run of train.py; a published folder has a config.json too, beside its weights."""
+    return (path / RUN_CONFIG).is_file() and _published_weights(path) is None
 
 
 _PUBLISHED = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")

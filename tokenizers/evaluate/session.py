@@ -33,15 +33,8 @@ def evaluate_checkpoint(
       What `run.evaluate` returns.
     """
     config = config.to_dict() if hasattr(config, "to_dict") else config
-    multihost.initialize(config["distributed"])
-    platform.enable_compilation_cache(config["compilation_cache"])
     source = pathlib.Path(checkpoint).expanduser()
-    fields = dict(config["model"])
-    name = fields.pop("name") or None
-    step = None if config["step"] < 0 else config["step"]
-    dtype = platform.compute_dtype(config["precision"])
-    tokenizer = loading.load(source, model=name, step=step, **fields).cast(dtype)
-    folder = pathlib.Path(out).expanduser() if out else _default_folder(source)
+    tokenizer, folder = opened(source, config, out, "evaluation")
     data = _data(source, config)
     with data.batches() as batches:
         results = evaluate(
@@ -67,16 +60,36 @@ def evaluate_checkpoint(
 
 def _captions(source: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """``config.captions``, with the network of the run where it names none."""
-    given, saved = dict(config["captions"]), source / "config.json"
-    if given["network"] is None and saved.is_file():
-        given |= json.loads(saved.read_text()).get("captions", {})
+    given = dict(config["captions"])
+    if given["network"] is None and loading.is_run(source):
+        given |= _run_config(source).get("captions", {})
     return given
 
 
-def _default_folder(source: pathlib.Path) -> pathlib.Path:
-    if (source / "config.json").is_file():
-        return source / "evaluation"
-    return source.parent / f"evaluation_{source.stem if source.is_file() else source.name}"
+def opened(
+    source: pathlib.Path, config: Mapping[str, Any], out: str | pathlib.Path | None, what: str
+) -> tuple[loading.Tokenizer, pathlib.Path]:
+    """The tokenizer that a config of eval.py and its checkpoint name, and the folder for what is found out of it.
+
+    Args:
+      source: a run, a saved or published folder, or a weight file.
+      config: its fields ``model step precision distributed compilation_cache``.
+      out: the folder; ``None`` is ``what`` in a run, and ``what_<name>`` beside anything else.
+      what: name of the folder.
+    """
+    multihost.initialize(config["distributed"])
+    platform.enable_compilation_cache(config["compilation_cache"])
+    fields = dict(config["model"])
+    name = fields.pop("name") or None
+    step = None if config["step"] < 0 else config["step"]
+    tokenizer = loading.load(source, model=name, step=step, **fields)
+    beside = source.parent / f"{what}_{source.stem if source.is_file() else source.name}"
+    default = source / what if loading.is_run(source) else beside
+    return tokenizer.cast(platform.compute_dtype(config["precision"])), pathlib.Path(out or default).expanduser()
+
+
+def _run_config(run: pathlib.Path) -> dict[str, Any]:
+    return json.loads((run / loading.RUN_CONFIG).read_text())
 
 
 def _data(source: pathlib.Path, config: Mapping[str, Any]) -> Pipeline:
@@ -95,13 +108,12 @@ def _described(source: pathlib.Path, config: Mapping[str, Any]) -> tuple[dict[st
     if data["source"] or data["path"]:
         separate = bool(data["held_out"]) or not data["path"]
         return {**data, "held_out": data["held_out"] or data["path"]}, 0, separate
-    saved = source / "config.json"
-    if not saved.is_file():
+    if not loading.is_run(source):
         raise ValueError(
             f"{source} is not a run of train.py, so it has no held-out data of its own: "
             "set --config.data.path=<folder> or --config.data.source=embedded."
         )
-    run = json.loads(saved.read_text())
+    run = _run_config(source)
     return {**run["data"], "labels": data["labels"] or run["data"].get("labels", False)}, run["seed"], True
 
 

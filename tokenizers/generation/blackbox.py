@@ -14,13 +14,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from .. import loading
 from ..data.latents import LatentFolder
 from ..data.pipeline import Pipeline
+from ..evaluate import session
 from ..generators.flow import Flow
 from ..generators.generator import Generator
 from ..parallel import mesh as meshes
-from ..parallel import multihost, platform
+from ..parallel import multihost
 from ..train import config as configs
 from ..train import loop, matching, preview
 from . import judge, report, sampling
@@ -57,25 +57,12 @@ def evaluate_checkpoint(
       ``None`` when the training of the generator was asked to stop.
     """
     config = configs.to_dict(config)
-    multihost.initialize(config["distributed"])
-    platform.enable_compilation_cache(config["compilation_cache"])
-    source = pathlib.Path(checkpoint).expanduser()
-    fields = dict(config["model"])
-    name = fields.pop("name") or None
-    step = None if config["step"] < 0 else config["step"]
-    tokenizer = loading.load(source, model=name, step=step, **fields)
-    folder = pathlib.Path(out).expanduser() if out else _default_folder(source)
-    results = judged(tokenizer.cast(platform.compute_dtype(config["precision"])), config, folder)
+    tokenizer, folder = session.opened(pathlib.Path(checkpoint).expanduser(), config, out, "generation")
+    results = judged(tokenizer, config, folder)
     if results is not None and multihost.is_main():
         print(report.format_table(results), flush=True)
         print(f"report: {(folder / 'report.html').resolve()}", flush=True)
     return results
-
-
-def _default_folder(source: pathlib.Path) -> pathlib.Path:
-    if (source / loading.RUN_CONFIG).is_file():
-        return source / "generation"
-    return source.parent / f"generation_{source.stem if source.is_file() else source.name}"
 
 
 def judged(tokenizer: Any, config: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any] | None:

@@ -326,7 +326,7 @@ def another(config: Mapping, where: str) -> api.Tokenizer:
     if not path and system not in weights.PUBLISHED:
         raise ValueError(f"{where}.path must say where the weights of {name!r} are; it is empty.")
     path = pathlib.Path(path).expanduser() if path else weights.find(system)
-    if path.is_dir() and (path / loading.RUN_CONFIG).is_file():
+    if loading.is_run(path):
         return loading.load(path)
     return loading.load(weights.find(system, path) if system in weights.PUBLISHED else path, model=name, **fields)
 
