@@ -29,7 +29,7 @@ from .adversary import Adversary
 from .objective import Metrics, Objective
 from .schedules import Schedules
 from .state import TrainState, new_state
-from .step import OfPixels
+from .step import OfPixels, mean_over_micro_batches, micro_batches
 
 CAPTIONS = "captions"  # the name of the frozen network that reads them
 
@@ -148,7 +148,7 @@ class Recipe(OfPixels):
         """``inputs["pixels"]`` are uint8 or float ``(B, T, H, W, C)``, ``inputs["texts"]`` token ids ``(B, L)``."""
         recipe = _for_frames(self, inputs["pixels"].shape[1])
         batch = {"pixels": inputs["pixels"], **self.text(networks, inputs)}
-        micro = jax.tree.map(lambda array: _split(array, recipe.accumulate), batch)
+        micro = micro_batches(batch, recipe.accumulate)
         new, metrics = _update(recipe, state, networks, micro, key)
         return new, metrics | recipe.schedules.metrics(state.step)
 
@@ -159,13 +159,6 @@ def _for_frames(recipe: Recipe, frames: int) -> Recipe:
     if adversary is None or frames > 1 or not adversary.clips_only:
         return recipe
     return dataclasses.replace(recipe, adversary=dataclasses.replace(adversary, runs=False))
-
-
-def _split(array: jax.Array, parts: int) -> jax.Array:
-    """(B, ...) -> (parts, B / parts, ...): micro-batch i takes every parts-th item, so that each stays spread out."""
-    if array.shape[0] % parts:
-        raise ValueError(f"a batch of {array.shape[0]} cannot be accumulated in {parts} equal parts.")
-    return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
 
 
 def _update(
@@ -193,7 +186,7 @@ def _update(
             metrics |= more
         return (model_state, opponent), (grads, opponent_grads, metrics)
 
-    carry, (grads, opponent_grads, metrics) = _mean_over_micro_batches(generate, (state.model_state, opponent), micro)
+    carry, (grads, opponent_grads, metrics) = mean_over_micro_batches(generate, (state.model_state, opponent), micro)
     model_state, opponent = carry
     updates, optimizer = recipe.optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -235,26 +228,9 @@ def _own_turn(recipe: Recipe, params, model_state, opponent, frozen, step, micro
         )
         return (model_state, opponent), (grads, metrics)
 
-    (model_state, opponent), (grads, metrics) = _mean_over_micro_batches(oppose, (model_state, opponent), micro)
+    (model_state, opponent), (grads, metrics) = mean_over_micro_batches(oppose, (model_state, opponent), micro)
     opponent = adversaries.update(adversary, opponent, grads, step, recipe.ema_warmup)
     return model_state, opponent, metrics | {"grad_norm/discriminator": optax.tree.norm(grads)}
-
-
-def _mean_over_micro_batches(body, carry, micro: Mapping[str, jax.Array]):
-    """Runs ``body`` over the micro-batches in order; outputs are averaged, the carry is handed on."""
-    first, count = jax.tree.map(lambda array: array[0], micro), micro["pixels"].shape[0]
-    if count == 1:
-        return body(carry, (first, 0))
-
-    def accumulate(state, inputs):
-        carry, total = state
-        carry, outputs = body(carry, inputs)
-        return (carry, jax.tree.map(jnp.add, total, outputs)), None
-
-    shapes = jax.eval_shape(body, carry, (first, 0))[1]
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (carry, total), _ = jax.lax.scan(accumulate, (carry, zeros), (micro, jnp.arange(count)))
-    return carry, jax.tree.map(lambda leaf: leaf / count, total)
 
 
 def _rngs(key) -> dict[str, jax.Array]:

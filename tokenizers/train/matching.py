@@ -21,6 +21,7 @@ from ..parallel.constrain import whole
 from . import checkpoint, optim
 from .objective import Metrics
 from .state import TrainState, new_state
+from .step import mean_over_micro_batches, micro_batches
 
 
 def resolve(config: Mapping) -> Mapping:
@@ -150,15 +151,12 @@ class Matching:
         self, state: TrainState, networks: Mapping[str, Any], inputs: Mapping[str, jax.Array], key: jax.Array
     ) -> tuple[TrainState, Metrics]:
         """``inputs`` are float32 ``latents (B, h, w, C)``, normalized, and int32 ``label (B,)``."""
-        count = len(inputs["label"])
-        if count % self.accumulate:
-            raise ValueError(f"a batch of {count} cannot be accumulated in {self.accumulate} equal parts.")
         noise_key, time_key, dropout_key = jax.random.split(key, 3)
         arrays = {
             "data": inputs["latents"],
             "label": inputs["label"],
             "noise": jax.random.normal(noise_key, inputs["latents"].shape),
-            "t": self.flow.draw_times(time_key, count),
+            "t": self.flow.draw_times(time_key, len(inputs["label"])),
         }
         grads, metrics = self.gradients(state.params, arrays, dropout_key)
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
@@ -168,26 +166,15 @@ class Matching:
         return state.replace(params=params, ema=ema, optimizer=optimizer), metrics
 
     def gradients(self, params: Any, arrays: Mapping[str, jax.Array], key: jax.Array) -> tuple[Any, Metrics]:
-        """Gradients and metrics, means over the micro-batches; each takes every so many-th item, and stays spread."""
-        micro = jax.tree.map(
-            lambda array: jnp.moveaxis(array.reshape(-1, self.accumulate, *array.shape[1:]), 1, 0), arrays
-        )
+        """Gradients and metrics, means over the micro-batches."""
 
-        def part(number, arrays):
+        def part(carry, inputs):
+            arrays, number = inputs
             loss = jax.value_and_grad(self._loss, has_aux=True)
             (_, metrics), grads = loss(params, arrays, jax.random.fold_in(key, number))
-            return grads, metrics
+            return carry, (grads, metrics)
 
-        if self.accumulate == 1:
-            return part(0, jax.tree.map(lambda array: array[0], micro))
-
-        def add(total, entry):
-            return jax.tree.map(jnp.add, total, part(*entry)), None
-
-        shapes = jax.eval_shape(part, 0, jax.tree.map(lambda array: array[0], micro))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, (jnp.arange(self.accumulate), micro))
-        return jax.tree.map(lambda leaf: leaf / self.accumulate, total)
+        return mean_over_micro_batches(part, (), micro_batches(arrays, self.accumulate))[1]
 
     def _loss(self, params: Any, arrays: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Metrics]:
         x, _ = self.flow.mix(arrays["data"], arrays["noise"], arrays["t"])

@@ -122,3 +122,37 @@ def make_step(recipe: Trainable) -> Callable[[TrainState, Any, Any], tuple[Train
         return new, metrics
 
     return step
+
+
+def micro_batches(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
+    """(B, ...) -> (parts, B / parts, ...): micro-batch i takes every parts-th item, so that each stays spread out."""
+
+    def split(array: jax.Array) -> jax.Array:
+        if array.shape[0] % parts:
+            raise ValueError(f"a batch of {array.shape[0]} cannot be accumulated in {parts} equal parts.")
+        return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
+
+    return {name: split(array) for name, array in batch.items()}
+
+
+def mean_over_micro_batches(
+    body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], carry: Any, micro: Mapping[str, jax.Array]
+) -> tuple[Any, Any]:
+    """Runs ``body(carry, (micro-batch, its number))`` over all, in order.
+
+    Returns:
+      The last carry, and the mean of the outputs.
+    """
+    first, count = jax.tree.map(lambda array: array[0], micro), len(jax.tree.leaves(micro)[0])
+    if count == 1:
+        return body(carry, (first, 0))
+
+    def accumulate(state, inputs):
+        carry, total = state
+        carry, outputs = body(carry, inputs)
+        return (carry, jax.tree.map(jnp.add, total, outputs)), None
+
+    shapes = jax.eval_shape(body, carry, (first, 0))[1]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (carry, total), _ = jax.lax.scan(accumulate, (carry, zeros), (micro, jnp.arange(count)))
+    return carry, jax.tree.map(lambda leaf: leaf / count, total)
