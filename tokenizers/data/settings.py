@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import errors
 from .decode import SAMPLING
+from .sources import WITHOUT_PATH
 from .transforms import CROPS, FILTERS
 
 
@@ -197,11 +198,8 @@ def _mixture(name: str, given: Mapping[str, Any], top: Mapping[str, Any]) -> tup
     return tuple(mixture)
 
 
-_WITHOUT_PATH = ("embedded", "shapes")
-
-
 def _with_path(source: SourceSettings) -> SourceSettings:
-    if source.path or source.source in _WITHOUT_PATH:
+    if source.path or source.source in WITHOUT_PATH:
         return source
     raise ValueError(
         f"config.data.path is empty, and source {source.source!r} reads from disk: set it to a folder of images, "

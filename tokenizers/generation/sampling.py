@@ -82,11 +82,9 @@ def samples(
                 guided_channels=guided_channels,
                 matching=matching,
             )
-            restored = (
-                jnp.clip(statistics.restore(latents), statistics.low, statistics.high)
-                if coder.snaps
-                else (statistics.restore(latents))
-            )
+            restored = statistics.restore(latents)
+            if coder.snaps:
+                restored = jnp.clip(restored, statistics.low, statistics.high)
             yield coder.decode(restored), numbers, labels
 
 

@@ -26,11 +26,11 @@ def main(argv):
     try:
         collect = study.gather if _PLOT_ONLY.value else study.run
         records = collect(config, folder)
-        curves.write(records, config, folder)
+        found = curves.write(records, config, folder)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(curves.table(records, config))
-    print(f"\n{curves.laws(curves.curves(records, config), config)}\n\nreport: {folder}/report.html")
+    print(f"\n{curves.laws(found, config)}\n\nreport: {folder}/report.html")
 
 
 if __name__ == "__main__":

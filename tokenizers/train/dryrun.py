@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -63,11 +64,7 @@ def mesh_fields(text: str) -> dict[str, Any]:
 
 def devices(mesh: Mapping[str, Any]) -> int:
     """How many a mesh of ``config.mesh`` has; an axis of -1 counts once."""
-    sizes = (mesh[name] for name in ("data", "fsdp", "context"))
-    count = 1
-    for size in sizes:
-        count *= max(size, 1)
-    return count
+    return math.prod(max(mesh[name], 1) for name in ("data", "fsdp", "context"))
 
 
 def compile_steps(config: Mapping) -> Iterator[Program]:
@@ -124,11 +121,7 @@ def _batches(config: Mapping, recipe: Trainable) -> list[tuple[str, tuple[int, .
 
 
 def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    size = leaf.dtype.itemsize
-    for side in shape:
-        size *= side
-    return size
+    return leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
 def compilable(config: Mapping) -> dict[str, Any]:
