@@ -19,7 +19,7 @@ ALLOWED = {
     "convert": {"errors", "types"},
     "networks": FOUNDATION | {"parallel", "nn", "convert"},
     "discriminators": FOUNDATION | {"parallel", "nn"},
-    "losses": {"errors", "networks"},
+    "losses": {"errors", "pixels", "networks"},
     "generators": FOUNDATION | {"parallel", "nn", "convert", "registry"},
     "data": {"errors"},
     "captions": set(),

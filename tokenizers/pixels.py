@@ -14,6 +14,9 @@ from .types import Spec
 # Normalised pixels may overshoot [-1, 1] (sharpening, reconstructions); values this far out are another range.
 _LARGEST_PLAUSIBLE = 16.0
 
+# ImageNet's mean colour and its standard deviations, of values in [0, 1]: what many networks normalize with.
+IMAGENET_MEAN, IMAGENET_STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
+
 
 def to_float(pixels) -> jax.Array:
     """uint8 in [0, 255] -> float32 in [-1, 1]; floats are taken to be in [-1, 1] already and pass unclipped.

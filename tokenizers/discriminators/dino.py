@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import unknown
+from ..pixels import IMAGENET_MEAN, IMAGENET_STD
 
 Array = jax.Array
 
 NORMS = ("batch", "group")
-# ImageNet's mean and deviation, of pixels in [0, 1]; the transformer was trained on pixels standardized with them.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _VIRTUAL_BATCH = 8
 
 
@@ -114,7 +113,7 @@ class DinoDiscriminator(nn.Module):
         if self.norm not in NORMS:
             raise unknown("norm", self.norm, NORMS)
         x = pixels.reshape(-1, *pixels.shape[-3:]).astype(jnp.float32)
-        x = ((x + 1) / 2 - jnp.asarray(_MEAN)) / jnp.asarray(_STD)
+        x = ((x + 1) / 2 - IMAGENET_MEAN) / IMAGENET_STD  # as the transformer was trained
         network = self.network.clone(parent=None)
         frozen = self.variable("frozen", "weights", lambda: network.init(jax.random.key(0), x)).value
         taps = network.apply(frozen, x, self.depths, method="tokens")[1]

@@ -21,6 +21,7 @@ from ..evaluate.features import FID_INPUT
 from ..networks import foundation, inception, weights
 from ..parallel import mesh as meshes
 from ..parallel import multihost, platform
+from ..pixels import IMAGENET_MEAN, IMAGENET_STD
 from ..types import Array
 from .judge import Judge
 
@@ -28,7 +29,6 @@ CELLS = 4  # of the grid of `pixel_statistics`, along each side
 # Of the pictures that a foundation network sees; DINOv2 takes them at 14/16 of it. The distance is close to FD-DINOv2
 # (https://arxiv.org/abs/2306.04675), whose pictures are resized in one step: compare it here only.
 FOUNDATION_SIDE = 256
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def pixel_statistics(pictures: Array) -> Array:
@@ -70,7 +70,7 @@ def _foundation_space(name: str, path: str | None) -> Space:
     def features(variables, pictures):
         shape = (pictures.shape[0], FOUNDATION_SIDE, FOUNDATION_SIDE, 3)
         x = jax.image.resize(pictures.astype(jnp.float32) / 255, shape, "bicubic", antialias=True)
-        x = (x - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
+        x = (x - IMAGENET_MEAN) / IMAGENET_STD
         return {"features": module.apply(variables, x, method="tokens")[0][:, 0].astype(jnp.float32)}
 
     return Space(features, variables)

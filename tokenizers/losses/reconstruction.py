@@ -13,6 +13,8 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 
+from ..pixels import IMAGENET_STD
+
 Array = jax.Array
 Loss = Callable[[Array, Array], Array]
 
@@ -44,13 +46,9 @@ def smooth_l1_error(prediction: Array, target: Array, width: float = 0.05) -> Ar
     return jnp.where(difference < width, jnp.square(difference) / (2 * width), difference - width / 2)
 
 
-# Standard deviations of ImageNet's colours, of values in [0, 1].
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
 def imagenet_error(prediction: Array, target: Array) -> Array:
     """|difference| of ImageNet-normalized colours (VTP) per value, of images ``(..., 3)`` in [-1, 1]."""
-    return absolute_error(prediction, target) / (2 * jnp.asarray(IMAGENET_STD))
+    return absolute_error(prediction, target) / (2 * IMAGENET_STD)
 
 
 def l1(prediction: Array, target: Array) -> Array:

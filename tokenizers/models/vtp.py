@@ -29,6 +29,7 @@ from ..nn.resample import depth_to_space, space_to_depth
 from ..nn.scan import scan_layers
 from ..nn.text import TextTower
 from ..parallel.constrain import constrain
+from ..pixels import IMAGENET_MEAN, IMAGENET_STD
 from ..quantize.identity import Identity
 from ..types import Array, Encoding, Spec, Variant
 
@@ -38,7 +39,7 @@ SYSTEM = "vtp"
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
 
 # The networks work on ImageNet's normalized colours.
-MEAN, STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
+MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
 
 DECODER_PATCH = 16
 

@@ -14,13 +14,13 @@ from ..convert.engine import to_tree
 from ..convert.files import read_state_dict
 from ..nn.conv import Conv2d
 from ..nn.norm import LayerNorm
+from ..pixels import IMAGENET_MEAN, IMAGENET_STD
 from . import weights
 
 Array = jax.Array
 
 SIZE = 224
 CLASSES = 1000
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def standardize(pixels: Array) -> Array:
@@ -30,7 +30,7 @@ def standardize(pixels: Array) -> Array:
     """
     pixels = (pixels.astype(jnp.float32) + 1) / 2
     pixels = jax.image.resize(pixels, (pixels.shape[0], SIZE, SIZE, 3), "bilinear", antialias=True)
-    return (pixels - jnp.asarray(MEAN)) / jnp.asarray(DEVIATION)
+    return (pixels - IMAGENET_MEAN) / IMAGENET_STD
 
 
 class Block(nn.Module):
