@@ -70,14 +70,14 @@ def cast(tok, dtype):
 
 
 def theirs_modes(model, dtype, compiled):
-    """``{name: (encode, decode)}``, functions of a tensor that give the mean of the posterior and the pixels."""
+    """``{name: (encode, decode)}``, functions of a tensor that give the mode of the posterior and the pixels."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     model = model.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
 
     def encode(model, x):
-        return model.encode(x).latent_dist.mean
+        return model.encode(x).latent_dist.mode()
 
     def decode(model, z):
         return model.decode(z).sample

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizers.nn import conv
+from tokenizers.nn import lowering
 from tokenizers.nn.conv import CausalConv3d, Conv2d, Conv3d, FactorizedConv3d, convolve
 
 # float32 sums of up to 3 * 3 * 3 * 40 products in another order.
@@ -54,13 +54,13 @@ def assert_same_as_native(x, kernel, **geometry):
 @pytest.mark.parametrize("name", LOWERED)
 def test_every_lowering_is_picked_and_equals_the_native_convolution(name):
     kernel = kernel_for(name)
-    assert conv._cpu_lowering(kernel.shape, groups=1).__name__ == name
+    assert lowering.for_cpu(kernel.shape, (1, 1, 1), groups=1).__name__ == name
     assert_same_as_native(normal(0, 2, 5, 6, 5, kernel.shape[-2]), kernel, padding=((2, 0), (1, 1), (0, 1)))
 
 
 def test_the_matrix_product_of_wide_temporal_kernels_equals_the_native_convolution():
     kernel = normal(1, 3, 1, 1, 512, 2) / 40
-    assert conv._cpu_lowering(kernel.shape, groups=1) is conv._matmul_taps
+    assert lowering.for_cpu(kernel.shape, (1, 2, 1), groups=1) is lowering._matmul_taps
     geometry = {"padding": ((2, 0), (1, 0), (0, 0)), "strides": (1, 2, 1)}
     assert_same_as_native(normal(0, 1, 4, 2, 2, 512), kernel, **geometry)
 
@@ -90,6 +90,37 @@ def test_lowerings_agree_for_any_geometry(geometry):
     assert_same_as_native(
         x, kernel, strides=geometry["strides"], dilation=geometry["dilation"], padding=geometry["padding"]
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "repeats", "padding"),
+    [
+        ((3, 3, 8, 9), (2, 2), "SAME"),
+        ((3, 3, 16, 3), (2, 2), "SAME"),  # few outputs
+        ((5, 4, 8, 9), (3, 2), ((4, 0), (1, 2))),
+        ((3, 3, 3, 33, 9), (2, 2, 2), "SAME"),
+        ((1, 3, 3, 8, 9), (1, 2, 2), ((0, 0), (1, 1), (0, 2))),
+        ((3, 3, 8, 9), (2, 2), "VALID"),  # not folded: another number of elements
+    ],
+)
+def test_repeated_inputs_are_folded_into_the_kernel(size, repeats, padding):
+    kernel = normal(1, *size) / np.sqrt(np.prod(size[:-1]))
+    x = normal(0, 2, *(4, 5, 3)[: len(repeats)], size[-2])
+    assert_same_as_native(x, kernel, repeats=repeats, padding=padding)
+    repeated = functools.reduce(lambda y, axis: jnp.repeat(y, repeats[axis], axis + 1), range(len(repeats)), x)
+    chex.assert_trees_all_close(
+        convolve(x, kernel, repeats=repeats, padding=padding), convolve(repeated, kernel, padding=padding), **CLOSE
+    )
+
+
+def test_folded_inputs_cost_less():
+    x, kernel = jnp.zeros((1, 8, 8, 32)), jnp.zeros((3, 3, 32, 32))
+
+    def flops(**options):
+        run = jax.jit(lambda x, kernel: convolve(x, kernel, **options))
+        return run.lower(x, kernel).compile().cost_analysis()["flops"]
+
+    assert flops(repeats=2) < 0.6 * flops(repeats=2, lowering="native")
 
 
 def test_native_and_image_convolutions_agree_with_the_definition():

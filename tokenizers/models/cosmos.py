@@ -124,8 +124,8 @@ class HybridUpsample(nn.Module):
             x = TimeRepeat(name="repeat")(x)
             x = x + CausalConv3d(self.features, (3, 1, 1), dtype=self.dtype, name="conv1")(x)
         if space == 2:
-            x = upsample_nearest(x, (2, 2))
-            x = x + Conv3d(self.features, (1, 3, 3), dtype=self.dtype, name="conv2")(x)
+            conv = Conv3d(self.features, (1, 3, 3), repeats=(1, 2, 2), dtype=self.dtype, name="conv2")
+            x = upsample_nearest(x, (2, 2)) + conv(x)
         return CausalConv3d(self.features, 1, dtype=self.dtype, name="conv3")(x)
 
 
@@ -152,8 +152,8 @@ class BaseUpsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # (b 1+k h w c) -> (b 1+2k 2h 2w c)
-        x = upsample_nearest(TimeRepeat(name="repeat")(x), (2, 2))
-        return CausalConv3d(self.features, dtype=self.dtype, name="conv")(x)
+        x = TimeRepeat(name="repeat")(x)
+        return CausalConv3d(self.features, repeats=(1, 2, 2), dtype=self.dtype, name="conv")(x)
 
 
 # -------------------------------------------------------------------------------------------------- the three networks

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ..nn.blocks import ResBlock
 from ..nn.conv import Conv3d
 from ..nn.norm import GroupNorm
-from ..nn.resample import average_pool, upsample_nearest
+from ..nn.resample import average_pool
 from ..parallel.constrain import constrain
 from ..quantize.vq import VectorQuantizer
 from ..types import Array, Encoding, Spec, Variant
@@ -81,8 +81,8 @@ class Decoder(_Network):
             features = self.widths[level]
             x = self.residual(x, features, f"up{level}")
             if level:
-                x = upsample_nearest(x, self.factors(level - 1))
-                x = Conv3d(features, dtype=self.dtype, name=f"up{level}_upsample")(x)
+                factors = self.factors(level - 1)
+                x = Conv3d(features, repeats=factors, dtype=self.dtype, name=f"up{level}_upsample")(x)
         x = nn.swish(_norm(name="norm_out")(x))
         return Conv3d(self.out_channels, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ..nn.conv import Conv2d
 from ..nn.norm import GroupNorm
-from ..nn.resample import average_pool, upsample_nearest
+from ..nn.resample import average_pool
 from ..parallel.constrain import constrain
 from ..quantize.vq import VectorQuantizer
 from ..types import Array, Encoding, Spec, Variant
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
             for i in range(self.blocks):
                 x = block(features, self.dtype, name=f"up{level}_block{i}")(x)
             if level:
-                x = Conv2d(features, dtype=self.dtype, name=f"up{level}_upsample")(upsample_nearest(x, (2, 2)))
+                x = Conv2d(features, repeats=2, dtype=self.dtype, name=f"up{level}_upsample")(x)
         x = nn.swish(GroupNorm(epsilon=1e-6, name="norm_out")(x))
         return Conv2d(self.pixel_channels, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
 

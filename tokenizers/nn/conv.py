@@ -16,6 +16,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from ..errors import pick, unknown
+from . import lowering as lowerings
 
 Array = jax.Array
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -23,8 +24,6 @@ Padding = str | int | Sequence[int | tuple[int, int]]
 LOWERINGS = ("auto", "native")
 PADDING_MODES = {"zeros": "constant", "replicate": "edge", "reflect": "reflect", "circular": "wrap"}
 STREAM = "stream"
-
-_DIMENSIONS = {4: ("NHWC", "HWIO", "NHWC"), 5: ("NDHWC", "DHWIO", "NDHWC")}
 
 
 def convolve(
@@ -35,6 +34,7 @@ def convolve(
     padding: Padding = "SAME",
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    repeats: int | Sequence[int] = 1,
     lowering: str = "auto",
 ) -> Array:
     """The one 2D / 3D convolution (cross-correlation, zero padding).
@@ -47,156 +47,52 @@ def convolve(
         number or ``(before, after)`` pair per spatial axis.
       dilation: of the kernel, one number or one per spatial axis.
       groups: feature groups.
-      lowering: ``"auto"`` rewrites 3D convolutions as 2D ones when compiled for a CPU, where XLA's own 3D convolution
-        is 1.5 to 3 times slower (`benchmarks/conv_lowering.py`), and uses XLA's own elsewhere; ``"native"`` is always
-        XLA's own, one convolution in the program (exports for several platforms, tests that count collectives).
+      repeats: nearest upsampling of ``x`` before it is padded and convolved, one number or one per spatial axis.
+      lowering: ``"auto"`` rewrites 3D convolutions as 2D ones, and those of a repeated input as smaller ones, when
+        compiled for a CPU, where XLA's own is 1.5 to 3 times slower (`benchmarks/conv_lowering.py`), and uses XLA's
+        own elsewhere; ``"native"`` is always XLA's own, one convolution in the program (exports for several platforms,
+        tests that count collectives).
 
     Returns:
       ``(B, [T',] H', W', D)`` in the dtype of ``x``.
     """
     if lowering not in LOWERINGS:
         raise unknown("convolution lowering", lowering, LOWERINGS)
-    if x.ndim not in _DIMENSIONS or kernel.ndim != x.ndim:
+    if x.ndim not in (4, 5) or kernel.ndim != x.ndim:
         raise ValueError(f"convolve needs x and kernel of the same rank, 4 or 5; got shapes {x.shape}, {kernel.shape}.")
     rank = x.ndim - 2
     strides, dilation = per_axis(strides, rank, "strides"), per_axis(dilation, rank, "dilation")
-    pads = padding_pairs(padding, x.shape[1:-1], kernel.shape[:-2], strides, dilation)
-    return _convolve(x, kernel, strides=strides, pads=pads, dilation=dilation, groups=groups, lowering=lowering)
+    repeats = per_axis(repeats, rank, "repeats")
+    sizes = [n * factor for n, factor in zip(x.shape[1:-1], repeats, strict=True)]
+    pads = padding_pairs(padding, sizes, kernel.shape[:-2], strides, dilation)
+    geometry = {"strides": strides, "pads": pads, "dilation": dilation}
+    return _convolve(x, kernel, **geometry, groups=groups, repeats=repeats, lowering=lowering)
 
 
 # The jit gives calls outside of any jit a cache (every call would compile its two branches anew); inside another jit
 # it leaves no trace.
-@functools.partial(jax.jit, static_argnames=("strides", "pads", "dilation", "groups", "lowering"), inline=True)
-def _convolve(x, kernel, *, strides, pads, dilation, groups, lowering):
-    native = functools.partial(_native, strides=strides, pads=pads, dilation=dilation, groups=groups)
-    lowered = _cpu_lowering(kernel.shape, groups) if lowering == "auto" else None
-    if lowered is None:
+@functools.partial(
+    jax.jit, static_argnames=("strides", "pads", "dilation", "groups", "repeats", "lowering"), inline=True
+)
+def _convolve(x, kernel, *, strides, pads, dilation, groups, repeats, lowering):
+    geometry = {"strides": strides, "pads": pads, "dilation": dilation}
+    rewritten = lowerings.for_cpu(kernel.shape, strides, groups)
+    folded = max(repeats) > 1 and lowerings.folds(repeats, kernel.shape[:-2], **geometry, groups=groups)
+
+    def repeated(x):
+        return lowerings.repeat(x, repeats) if max(repeats) > 1 else x
+
+    def native(x, kernel):
+        return lowerings.native(repeated(x), kernel, **geometry, groups=groups)
+
+    def for_cpu(x, kernel):
+        if folded:
+            return lowerings.of_repeated(rewritten or lowerings.native, x, kernel, repeats=repeats, **geometry)
+        return rewritten(repeated(x), kernel, **geometry)
+
+    if lowering == "native" or not (rewritten or folded):
         return native(x, kernel)
-    lowered = functools.partial(_in_float32, functools.partial(lowered, strides=strides, pads=pads, dilation=dilation))
-    return jax.lax.platform_dependent(x, kernel, cpu=lowered, default=native)
-
-
-def _native(x, kernel, *, strides, pads, dilation, groups=1):
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        pads,
-        rhs_dilation=dilation,
-        dimension_numbers=_DIMENSIONS[x.ndim],
-        feature_group_count=groups,
-    )
-
-
-# ---------------------------------------------------------------------------------------------- lowerings for the CPU
-
-
-def _cpu_lowering(kernel_shape: tuple[int, ...], groups: int) -> Callable | None:
-    """The fastest rewriting measured for a 3D kernel, ``None`` where XLA's own convolution is as good."""
-    if len(kernel_shape) == 5 and kernel_shape[3:] == (1, groups) and groups > 1:
-        return _depthwise
-    if len(kernel_shape) != 5 or groups != 1 or all(size == 1 for size in kernel_shape[:3]):
-        return None
-    kt, kh, kw, inputs, outputs = kernel_shape
-    if kt == 1:
-        return _fold_time
-    if kh == kw == 1:
-        # The matrix product has the faster gradient; for few channels the convolution is 2 times faster forward.
-        return _matmul_taps if inputs >= 512 else _flatten_space
-    if outputs * 4 <= inputs:
-        return _shift_add
-    return _concat_taps if inputs < 32 else _sum_taps
-
-
-def _in_float32(lowered, x, kernel):
-    # Partial sums of 16 bit numbers would be rounded once per tap; the CPU computes them in float32 in any case.
-    if jnp.finfo(x.dtype).bits >= 32:
-        return lowered(x, kernel)
-    return lowered(x.astype(jnp.float32), kernel.astype(jnp.float32)).astype(x.dtype)
-
-
-def _frames(x, kernel, strides, pads, dilation):
-    """A 2D convolution of every frame: x (B, T, H, W, C), kernel (kh, kw, C, D)."""
-    b, t = x.shape[:2]
-    y = _native(x.reshape(b * t, *x.shape[2:]), kernel, strides=strides[1:], pads=pads[1:], dilation=dilation[1:])
-    return y.reshape(b, t, *y.shape[1:])
-
-
-def _pad_time(x, pads):
-    return jnp.pad(x, ((0, 0), pads[0], *((0, 0),) * (x.ndim - 2))) if any(pads[0]) else x
-
-
-def _taps(x, kt, strides, dilation):
-    """The kt time-shifted, time-strided views of x (already padded), each with one frame per output frame."""
-    count = max((x.shape[1] - (kt - 1) * dilation[0] - 1) // strides[0] + 1, 0)
-    starts = [tap * dilation[0] for tap in range(kt)]
-    return [x[:, start : start + max((count - 1) * strides[0] + 1, 0) : strides[0]] for start in starts]
-
-
-def _fold_time(x, kernel, *, strides, pads, dilation):
-    return _frames(_pad_time(x, pads)[:, :: strides[0]], kernel[0], strides, pads, dilation)
-
-
-def _depthwise(x, kernel, *, strides, pads, dilation):
-    # Every channel alone: no matrix products. XLA's gradient of it takes minutes to compile.
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    extents = [(size - 1) * step + 1 for size, step in zip(kernel.shape[:3], dilation, strict=True)]
-    spans = [
-        (n - extent) // stride * stride + 1 for n, extent, stride in zip(x.shape[1:4], extents, strides, strict=True)
-    ]
-    total = 0
-    for tap in np.ndindex(*kernel.shape[:3]):
-        starts = [at * step for at, step in zip(tap, dilation, strict=True)]
-        where = tuple(
-            slice(start, start + span, stride) for start, span, stride in zip(starts, spans, strides, strict=True)
-        )
-        total += x[:, *where] * kernel[(*tap, 0)]
-    return total
-
-
-def _sum_taps(x, kernel, *, strides, pads, dilation):
-    taps = _taps(_pad_time(x, pads), kernel.shape[0], strides, dilation)
-    return sum(_frames(frames, k, strides, pads, dilation) for frames, k in zip(taps, kernel, strict=True))
-
-
-def _concat_taps(x, kernel, *, strides, pads, dilation):
-    kt, kh, kw, inputs, outputs = kernel.shape
-    stacked = jnp.concatenate(_taps(_pad_time(x, pads), kt, strides, dilation), axis=-1)
-    kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, kt * inputs, outputs)
-    return _frames(stacked, kernel, strides, pads, dilation)
-
-
-def _shift_add(x, kernel, *, strides, pads, dilation):
-    kt, kh, kw, inputs, outputs = kernel.shape
-    kernel = kernel.transpose(1, 2, 3, 0, 4).reshape(kh, kw, inputs, kt * outputs)
-    products = _pad_time(_frames(x, kernel, strides, pads, dilation), pads)
-    taps = _taps(products, kt, strides, dilation)
-    return sum(tap[..., i * outputs : (i + 1) * outputs] for i, tap in enumerate(taps))
-
-
-def _flatten_space(x, kernel, *, strides, pads, dilation):
-    x = _resample_space(x, strides, pads)
-    b, t, h, w, c = x.shape
-    y = _native(
-        x.reshape(b, t, h * w, c),
-        kernel[:, 0],
-        strides=(strides[0], 1),
-        pads=(pads[0], (0, 0)),
-        dilation=(dilation[0], 1),
-    )
-    return y.reshape(b, y.shape[1], h, w, y.shape[-1])
-
-
-def _matmul_taps(x, kernel, *, strides, pads, dilation):
-    x = _resample_space(x, strides, pads)
-    stacked = jnp.concatenate(_taps(_pad_time(x, pads), kernel.shape[0], strides, dilation), axis=-1)
-    return stacked @ kernel.reshape(-1, kernel.shape[-1])
-
-
-def _resample_space(x, strides, pads):
-    """What padding and strides mean to a kernel of height and width one."""
-    x = jnp.pad(x, ((0, 0), (0, 0), *pads[1:], (0, 0))) if any(map(any, pads[1:])) else x
-    return x[:, :, :: strides[1], :: strides[2]]
+    return jax.lax.platform_dependent(x, kernel, cpu=functools.partial(lowerings.in_float32, for_cpu), default=native)
 
 
 # ------------------------------------------------------------------------------------------------------------ padding
@@ -276,6 +172,7 @@ class _Conv(nn.Module):
       padding_mode: what the padding is filled with: ``zeros``, ``replicate``, ``reflect`` or ``circular``.
       dilation: one number or one per axis.
       groups: feature groups.
+      repeats: nearest upsampling of the input before all else, one number or one per axis.
       use_bias: adds ``bias`` ``(D,)``.
       dtype: compute dtype; ``None`` promotes input and (float32) parameters together.
       lowering: see `convolve`.
@@ -288,6 +185,7 @@ class _Conv(nn.Module):
     padding_mode: str = "zeros"
     dilation: int | tuple[int, ...] = 1
     groups: int = 1
+    repeats: int | tuple[int, ...] = 1
     use_bias: bool = True
     dtype: Any = None
     kernel_init: Callable = nn.initializers.lecun_normal()
@@ -298,6 +196,11 @@ class _Conv(nn.Module):
         """Kernel size, strides and dilation with one number per axis."""
         names = ("kernel_size", "strides", "dilation")
         return tuple(per_axis(getattr(self, name), rank, name) for name in names)
+
+    def sizes(self, x: Array, rank: int) -> tuple[int, ...]:
+        """Of the spatial axes of ``x`` (..., C), upsampled."""
+        factors = per_axis(self.repeats, rank, "repeats")
+        return tuple(n * factor for n, factor in zip(x.shape[-1 - rank : -1], factors, strict=True))
 
     def parameters(self, x: Array, kernel_size: tuple[int, ...]) -> tuple[Array, Array, Array | None]:
         """Input, kernel ``(*kernel_size, C / groups, D)`` and bias ``(D,)`` or None, in the compute dtype."""
@@ -310,12 +213,22 @@ class _Conv(nn.Module):
         return promote_dtype(x, kernel, bias, dtype=self.dtype)
 
     def apply_kernel(self, x: Array, kernel: Array, bias: Array | None, pads: Sequence[tuple[int, int]]) -> Array:
-        """Pads in the module's mode, convolves, adds the bias."""
-        _, strides, dilation = self.geometry(x.ndim - 2)
+        """Upsamples, pads in the module's mode, convolves, adds the bias."""
+        rank = x.ndim - 2
+        _, strides, dilation = self.geometry(rank)
+        repeats = per_axis(self.repeats, rank, "repeats")
         if self.padding_mode != "zeros":
-            x, pads = pad_space(x, pads, self.padding_mode), ((0, 0),) * len(pads)
+            x = pad_space(lowerings.repeat(x, repeats), pads, self.padding_mode)
+            pads, repeats = ((0, 0),) * rank, 1
         y = convolve(
-            x, kernel, strides=strides, padding=pads, dilation=dilation, groups=self.groups, lowering=self.lowering
+            x,
+            kernel,
+            strides=strides,
+            padding=pads,
+            dilation=dilation,
+            groups=self.groups,
+            repeats=repeats,
+            lowering=self.lowering,
         )
         return y if bias is None else y + bias
 
@@ -328,7 +241,7 @@ class Conv2d(_Conv):
         kernel_size, strides, dilation = self.geometry(2)
         leading = x.shape[:-3]
         x, kernel, bias = self.parameters(x, kernel_size)
-        pads = padding_pairs(self.padding, x.shape[-3:-1], kernel_size, strides, dilation)
+        pads = padding_pairs(self.padding, self.sizes(x, 2), kernel_size, strides, dilation)
         y = self.apply_kernel(x.reshape(-1, *x.shape[-3:]), kernel, bias, pads)
         return y.reshape(*leading, *y.shape[1:])
 
@@ -340,7 +253,7 @@ class Conv3d(_Conv):
     def __call__(self, x: Array) -> Array:  # (b t h w c) -> (b t' h' w' d)
         kernel_size, strides, dilation = self.geometry(3)
         x, kernel, bias = self.parameters(x, kernel_size)
-        pads = padding_pairs(self.padding, x.shape[1:-1], kernel_size, strides, dilation)
+        pads = padding_pairs(self.padding, self.sizes(x, 3), kernel_size, strides, dilation)
         return self.apply_kernel(x, kernel, bias, pads)
 
 
@@ -366,9 +279,11 @@ class CausalConv3d(_Conv):
     def __call__(self, x: Array) -> Array:  # (b t h w c) -> (b t' h' w' d)
         if self.time_mode not in ("zeros", "replicate"):
             raise unknown("time padding mode", self.time_mode, ("zeros", "replicate"))
+        if per_axis(self.repeats, 3, "repeats")[0] != 1:
+            raise ValueError(f"a causal convolution repeats in space only, (1, h, w); got repeats={self.repeats!r}.")
         kernel_size, strides, dilation = self.geometry(3)
         x, kernel, bias = self.parameters(x, kernel_size)
-        pads = padding_pairs(self.padding, x.shape[2:-1], kernel_size[1:], strides[1:], dilation[1:])
+        pads = padding_pairs(self.padding, self.sizes(x, 3)[1:], kernel_size[1:], strides[1:], dilation[1:])
         extent = (kernel_size[0] - 1) * dilation[0] + 1
         front = extent - 1 if self.time_padding is None else self.time_padding
         history = self.get_variable(STREAM, "history") if self.has_variable(STREAM, "history") else None

@@ -20,7 +20,8 @@ def group_normalize(x: Array, num_groups: int, *, epsilon: float, per_frame: boo
     """Zero mean and unit variance per sample (or frame) and group of channels; the functional core of `GroupNorm`.
 
     Two passes over sums per channel, which are combined to groups on the small ``(B, C)`` array: a large mean costs no
-    digits, the channel axis is never split, and under spatial sharding only ``(B, C)`` numbers are reduced.
+    digits, the channel axis is never split, and under spatial sharding at most ``(B, T, C)`` numbers are reduced. One
+    axis after the other: the sums are shorter, so more exact, and on CPU twice as fast as over all axes at once.
 
     Args:
       x: ``(B, ..., C)``; with ``per_frame``, ``(B, T, ..., C)``.
@@ -37,12 +38,17 @@ def group_normalize(x: Array, num_groups: int, *, epsilon: float, per_frame: boo
     first = 2 if per_frame else 1
     if x.ndim <= first:
         raise ValueError(f"group normalization with per_frame={per_frame} got an array of shape {x.shape}.")
-    axes = tuple(range(first, x.ndim - 1))
     x = x.astype(jnp.float32)
-    mean = _group_mean(x.mean(axes, keepdims=True), num_groups)
-    centered = x - mean
-    variance = _group_mean(jnp.square(centered).mean(axes, keepdims=True), num_groups)
+    centered = x - _group_mean(_mean(x, first), num_groups)
+    variance = _group_mean(_mean(jnp.square(centered), first), num_groups)
     return centered * jax.lax.rsqrt(variance + epsilon)
+
+
+def _mean(x: Array, first: int) -> Array:
+    """Over all axes from ``first`` to the one before the channels, which are kept with size one."""
+    for axis in reversed(range(first, x.ndim - 1)):
+        x = x.mean(axis, keepdims=True)
+    return x
 
 
 def _group_mean(per_channel: Array, num_groups: int) -> Array:

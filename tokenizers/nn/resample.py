@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ..errors import unknown
 from .conv import CausalConv3d, Conv2d, Padding, starts_clip
+from .lowering import repeat
 
 Array = jax.Array
 ORDERS = ("patch_outer", "channel_outer")
@@ -24,11 +25,8 @@ ORDERS = ("patch_outer", "channel_outer")
 
 def upsample_nearest(x: Array, factors: Sequence[int]) -> Array:
     """Repeats every element ``factors`` times: ``(..., H, W, C)`` -> ``(..., f0 * H, f1 * W, C)``."""
-    lead, sizes, channels = _split(x, factors)
-    expanded = x.reshape(*lead, *(n for size in sizes for n in (size, 1)), channels)
-    repeated = tuple(n for size, factor in zip(sizes, factors, strict=True) for n in (size, factor))
-    sizes = tuple(size * factor for size, factor in zip(sizes, factors, strict=True))
-    return jnp.broadcast_to(expanded, (*lead, *repeated, channels)).reshape(*lead, *sizes, channels)
+    _split(x, factors)
+    return repeat(x, factors)
 
 
 def average_pool(x: Array, factors: Sequence[int]) -> Array:
@@ -183,11 +181,11 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # (... h w c) -> (... f*h f*w d)
-        x = upsample_nearest(x, (self.factor, self.factor))
         return Conv2d(
             self.features,
             self.kernel_size,
             padding_mode=self.padding_mode,
+            repeats=self.factor,
             use_bias=self.use_bias,
             dtype=self.dtype,
             kernel_init=self.kernel_init,
