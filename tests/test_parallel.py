@@ -1,5 +1,6 @@
 """Meshes, partition rules and what processes agree on."""
 
+import functools
 import signal
 
 import chex
@@ -246,7 +247,7 @@ def test_operations_are_those_that_are_written_down():
     assert flops.count(jax.make_jaxpr(layers)(x, w)) == forward
     # The first layer's input needs no gradient, but the loop does not know its first layer.
     assert flops.count(jax.make_jaxpr(jax.grad(layers, argnums=1))(x, w)) == 3 * forward
-    remat = jax.grad(jax.checkpoint(lambda x, w: jnp.tanh(x @ w).sum()))
+    remat = jax.value_and_grad(jax.checkpoint(lambda x, w: jnp.tanh(x @ w).sum()))
     assert flops.count(jax.make_jaxpr(remat)(x, w[0])) == 3 * 2 * 16 * 32 * 32  # twice forward, once back
 
 
@@ -259,3 +260,15 @@ def test_gradients_of_convolutions_cost_what_they_cost(strides, groups):
     once = 2 * (2 * 16 * 16 // strides[0] ** 2) * 8 * 9 * 4 // groups
     assert flops.count(jax.make_jaxpr(loss)(variables, x)) == once
     assert flops.count(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(variables, x)) == 3 * once
+
+
+def test_what_no_result_needs_is_not_counted():
+    x, layers = jnp.ones((16, 32)), [jnp.ones((32, 32))] * 3
+
+    def of_the_last(layers):
+        _, pull = jax.vjp(lambda layers: functools.reduce(lambda y, w: jnp.tanh(y @ w), layers, x), layers)
+        return pull(jnp.ones((16, 32)))[0][-1]
+
+    # Three products forward, one for the gradient of the last layer; the pull writes down four more.
+    assert flops.count(jax.make_jaxpr(of_the_last)(layers)) == 4 * 2 * 16 * 32 * 32
+    assert flops.count(jax.make_jaxpr(jax.jit(of_the_last))(layers)) == 4 * 2 * 16 * 32 * 32

@@ -11,13 +11,21 @@ import math
 from typing import Any
 
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def count(jaxpr: Any) -> float:
     """Operations of a jaxpr (`jax.make_jaxpr`, or ``jax.jit(f).trace(...).jaxpr``), of all devices together.
 
-    Loops of unknown length count once; of branches, the dearest one.
+    What no result depends on is not counted, as the compiler drops it: most of the backward passes behind an adaptive
+    weight. Loops of unknown length count once; of branches, the dearest one.
     """
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _all(needed)
+
+
+def _all(jaxpr: Any) -> float:
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
     return sum(_of(equation) for equation in jaxpr.eqns)
 
@@ -29,10 +37,10 @@ def _of(equation: Any) -> float:
     if name == "conv_general_dilated":
         return _convolution(equation)
     if name == "scan":
-        return params["length"] * count(params["jaxpr"])
+        return params["length"] * _all(params["jaxpr"])
     if name == "cond":
-        return max(count(branch) for branch in params["branches"])
-    return sum(count(inner) for inner in _inner(params))
+        return max(_all(branch) for branch in params["branches"])
+    return sum(_all(inner) for inner in _inner(params))
 
 
 def _inner(params: Any) -> list[Any]:
