@@ -133,12 +133,13 @@ def forward(variant, parts, options):
     def reconstruct(variables, x):
         return decode(variables, encode(variables, x))
 
-    functions = {"encode": encode, "decode": decode, "reconstruct": reconstruct}
-    latents = jax.jit(encode, compiler_options=platform.compiler_options())(tok.variables, pixels)
+    encoder = compiled(encode, tok.variables, pixels)
+    args = {part: (tok.variables, pixels) for part in ("encode", "reconstruct")}
+    args["decode"] = (tok.variables, encoder[0](tok.variables, pixels))
+    functions = {"decode": decode, "reconstruct": reconstruct}
     for part in parts:
-        args = (tok.variables, latents if part == "decode" else pixels)
-        program, took, count = compiled(functions[part], *args)
-        yield part, shape, functools.partial(program, *args), program, took, count
+        program, took, count = encoder if part == "encode" else compiled(functions[part], *args[part])
+        yield part, shape, functools.partial(program, *args[part]), program, took, count
 
 
 def train(config_name, options):

@@ -1,24 +1,30 @@
-"""Encoding and decoding next to PyTorch, side by side: same machine, same run, same dtype, same number of threads.
+"""Next to PyTorch, side by side: same machine, same run, same dtype, same number of threads.
 
-    pip install torch diffusers
-    python benchmarks/pytorch.py [--cases kl-f8 cosmos-cv8x8x8] [--size 256 256] [--frames 9] [--rounds 5]
-        [--dtype float32] [--compile] [--json out.json]
+    pip install torch diffusers dall-e taming-transformers-rom1504 vector-quantize-pytorch
+    python benchmarks/pytorch.py [--cases kl-f8 cosmos-cv8x8x8] [--parts encode decode train] [--size 256 256]
+        [--frames 17] [--rounds 5] [--dtype float32] [--compile] [--json out.json]
 
 Every round runs each PyTorch mode (eager, channels last, with --compile torch.compile) and ours once, one after the
 other; printed are the median time of each and the median over rounds of (best PyTorch mode / ours): above 1, ours is
 faster. Where the weights can be converted both sides have the same, and the largest difference of the results is
-printed; otherwise both have random weights, on which speed does not depend.
+printed; otherwise both have random weights, on which speed does not depend. Training (`torch_training.py`) is VQGAN's
+step on both sides: L1, PatchGAN with hinge loss, adaptive weight by the gradients of the last layer, two Adams.
 """
 
 import argparse
+import copy
+import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks share a GPU's memory
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # behind Hugging Face's package `tokenizers`
@@ -26,14 +32,44 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # behind H
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from vistok.parallel import platform  # noqa: E402
+from vistok.quantize.fsq import FSQ  # noqa: E402
+from vistok.quantize.lfq import LFQ  # noqa: E402
+from vistok.quantize.vq import VectorQuantizer  # noqa: E402
 
 import vistok  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The same tokenizer twice.
+
+    Attributes:
+      theirs: a PyTorch module.
+      parts: ``{name: function(theirs, tensor)}``, e.g. of ``encode``, whose results compare with `ours`'.
+      ours: a `vistok.Tokenizer`.
+      same: the weights are.
+    """
+
+    theirs: Any
+    parts: Mapping[str, Callable]
+    ours: Any
+    same: bool
+
+
+def _autoencoder(theirs, ours, same):
+    parts = {"encode": lambda m, x: m.encode(x).latent_dist.mode(), "decode": lambda m, z: m.decode(z).sample}
+    return Pair(theirs, parts, ours, same)
+
+
+def _state(module):
+    return {name: value.detach().numpy() for name, value in module.state_dict().items()}
+
+
 def kl_f8():
-    """Stable Diffusion's autoencoder, the same weights on both sides."""
+    """Stable Diffusion's autoencoder."""
     import diffusers
 
     theirs = diffusers.AutoencoderKL(
@@ -44,9 +80,8 @@ def kl_f8():
         latent_channels=4,
     )
     config = {key: value for key, value in theirs.config.items() if not key.startswith("_")}
-    state = {name: value.detach().numpy() for name, value in theirs.state_dict().items()}
-    ours = vistok.from_official("ldm_kl", {"_class_name": "AutoencoderKL", **config}, state)
-    return theirs, ours, True
+    ours = vistok.from_official("ldm_kl", {"_class_name": "AutoencoderKL", **config}, _state(theirs))
+    return _autoencoder(theirs, ours, True)
 
 
 def cosmos_cv8x8x8():
@@ -59,28 +94,72 @@ def cosmos_cv8x8x8():
         temporal_compression_ratio=8,
         spatial_compression_ratio=8,
     )
-    return theirs, vistok.create("cosmos-1.0-cv8x8x8"), False
+    return _autoencoder(theirs, vistok.create("cosmos-1.0-cv8x8x8"), False)
 
 
-CASES = {"kl-f8": kl_f8, "cosmos-cv8x8x8": cosmos_cv8x8x8}
+def vqgan():
+    """VQGAN's ImageNet model with 1024 codes, from the authors' modules."""
+    import torch
+    from taming.modules.diffusionmodules import model
+    from taming.modules.vqvae.quantize import VectorQuantizer2
+
+    network = {
+        "ch": 128,
+        "out_ch": 3,
+        "ch_mult": (1, 1, 2, 2, 4),
+        "num_res_blocks": 2,
+        "attn_resolutions": (16,),
+        "in_channels": 3,
+        "resolution": 256,
+        "z_channels": 256,
+        "double_z": False,
+        "dropout": 0.0,
+    }
+    theirs = torch.nn.ModuleDict(
+        {
+            "encoder": model.Encoder(**network),
+            "quant_conv": torch.nn.Conv2d(256, 256, 1),
+            "quantize": VectorQuantizer2(1024, 256, beta=0.25),
+            "post_quant_conv": torch.nn.Conv2d(256, 256, 1),
+            "decoder": model.Decoder(**network),
+        }
+    )
+    parts = {
+        "encode": lambda m, x: m["quantize"](m["quant_conv"](m["encoder"](x)))[0],
+        "decode": lambda m, z: m["decoder"](m["post_quant_conv"](z)),
+    }
+    config = {"ddconfig": network, "n_embed": 1024, "embed_dim": 256}
+    return Pair(theirs, parts, vistok.from_official("vqgan", config, _state(theirs)), True)
 
 
-def cast(tok, dtype):
-    return tok if dtype == "float32" else tok.cast(dtype)
+def dvae():
+    """DALL-E's; its codes, one-hot, are what the decoder reads on both sides."""
+    import torch
+    from dall_e import Decoder, Encoder, map_pixels, unmap_pixels
+
+    theirs = torch.nn.ModuleDict({"encoder": Encoder(use_mixed_precision=False)})
+    theirs["decoder"] = Decoder(use_mixed_precision=False)
+
+    def encode(m, x):
+        codes = m["encoder"](map_pixels((x + 1) / 2)).argmax(1)
+        return torch.nn.functional.one_hot(codes, 8192).movedim(-1, 1).to(x.dtype)
+
+    def decode(m, z):
+        return 2 * unmap_pixels(torch.sigmoid(m["decoder"](z)[:, :3])) - 1
+
+    ours = vistok.from_official("dvae", {}, _state(theirs))
+    return Pair(theirs, {"encode": encode, "decode": decode}, ours, True)
 
 
-def theirs_modes(model, dtype, compiled):
-    """``{name: (encode, decode)}``, functions of a tensor that give the mode of the posterior and the pixels."""
+CASES = {"kl-f8": kl_f8, "vqgan": vqgan, "dvae": dvae, "cosmos-cv8x8x8": cosmos_cv8x8x8}
+
+
+def theirs_modes(pair, dtype, compiled):
+    """``{mode: {part: function of a tensor}}`` and the device."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
-    model = model.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-
-    def encode(model, x):
-        return model.encode(x).latent_dist.mode()
-
-    def decode(model, z):
-        return model.decode(z).sample
+    model = pair.theirs.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
 
     def mode(model, layout, wrap=lambda function: function):
         def run(function, x):
@@ -90,12 +169,10 @@ def theirs_modes(model, dtype, compiled):
                     torch.cuda.synchronize()
                 return y
 
-        return tuple(functools.partial(run, wrap(function)) for function in (encode, decode))
+        return {name: functools.partial(run, wrap(function)) for name, function in pair.parts.items()}
 
     modes = {"eager": mode(model, None)}
     if not any(p.ndim == 5 for p in model.parameters()):
-        import copy
-
         modes["channels last"] = mode(copy.deepcopy(model).to(memory_format=torch.channels_last), torch.channels_last)
     if compiled:
         modes["compiled"] = mode(model, None, torch.compile)
@@ -112,86 +189,157 @@ def from_torch(y):
     return np.moveaxis(y.float().cpu().numpy(), 1, -1)
 
 
-def seconds(run, x):
-    start = time.perf_counter()
-    jax.block_until_ready(run(x))
-    return time.perf_counter() - start
+def untraced(function, x):
+    """Calls it and drops the result, a tensor, which is no array of JAX."""
+    function(x)
 
 
-def measure(name, options):
-    theirs, ours, same = CASES[name]()
-    ours = cast(ours, options.dtype)
-    video = ours.spec.video
-    shape = (options.batch, *((options.frames,) if video else ()), *options.size, 3)
-    rng = np.random.default_rng(0)
-    pixels = rng.uniform(-1, 1, shape).astype(np.float32)
-    start = time.perf_counter()
+def interleaved(runs, rounds):
+    """``{name: seconds of each round}`` of functions, which take turns."""
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summary(case, part, shape, dtype, times):
+    """Medians, and the median over rounds of the ratio to the best of theirs in that round."""
+    theirs = [name for name in times if name != "ours"]
+    ratios = [min(times[name][i] for name in theirs) / ours for i, ours in enumerate(times["ours"])]
+    gpu = jax.default_backend() == "gpu"
+    return {
+        "case": case,
+        "part": part,
+        "shape": shape,
+        "dtype": dtype,
+        "device": jax.devices()[0].device_kind if gpu else f"cpu, {os.cpu_count()} cores",
+        "milliseconds": {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()},
+        "ratio": statistics.median(ratios),
+    }
+
+
+def forward(name, options):
+    """Encoding and decoding."""
+    pair = CASES[name]()
+    ours = pair.ours if options.dtype == "float32" else pair.ours.cast(options.dtype)
+    shape = (options.batch, *((options.frames,) if ours.spec.video else ()), *options.size, 3)
+    pixels = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
     latents = jax.block_until_ready(ours.encode(pixels).latents)
-    restored = jax.block_until_ready(ours.decode(latents))
-    compiling = time.perf_counter() - start
-    # In their own dtype, on the device already: what is timed is the network.
-    inputs = jnp.asarray(pixels), jnp.asarray(latents)
-    parts = {"encode": (lambda x: ours.encode(x).latents, inputs[0]), "decode": (ours.decode, inputs[1])}
-    modes, device = theirs_modes(theirs, options.dtype, options.compile)
-    results = []
-    for index, (part, (run, x)) in enumerate(parts.items()):
+    # On the device already: what is timed is the network.
+    parts = {"encode": (lambda x: ours.encode(x).latents, jnp.asarray(pixels)), "decode": (ours.decode, latents)}
+    modes, device = theirs_modes(pair, options.dtype, options.compile)
+    for part in (part for part in parts if part in options.parts):
+        run, x = parts[part]
         tensor = to_torch(x, device, options.dtype)
-        outputs = {mode: from_torch(functions[index](tensor)) for mode, functions in modes.items()}
-        expected = np.asarray((latents, restored)[index], np.float32)
-        times = {mode: [] for mode in (*modes, "ours")}
-        for _ in range(options.rounds):
-            for mode, functions in modes.items():
-                times[mode].append(seconds(lambda y, f=functions[index]: (f(y), None)[1], tensor))
-            times["ours"].append(seconds(run, x))
-        ratios = [min(times[mode][i] for mode in modes) / times["ours"][i] for i in range(options.rounds)]
-        result = {
-            "case": name,
-            "part": part,
-            "shape": shape,
-            "dtype": options.dtype,
-            "device": jax.devices()[0].device_kind if device == "cuda" else f"cpu, {os.cpu_count()} cores",
-            "milliseconds": {mode: 1e3 * statistics.median(t) for mode, t in times.items()},
-            "ratio": statistics.median(ratios),
-            "compile_seconds": compiling,
-        }
-        if same:
+        outputs = {mode: from_torch(functions[part](tensor)) for mode, functions in modes.items()}
+        expected = np.asarray(run(x), np.float32)
+        runs = {mode: functools.partial(untraced, functions[part], tensor) for mode, functions in modes.items()}
+        times = interleaved(runs | {"ours": functools.partial(run, x)}, options.rounds)
+        result = summary(name, part, shape, options.dtype, times)
+        if pair.same:
             apart = np.linalg.norm(outputs["eager"] - expected) / np.linalg.norm(expected)
             result["relative_difference"] = float(apart)
-        results.append(result)
-    return results
+        yield result
+
+
+def train(name, options):
+    """One step of the generator and one of the discriminator."""
+    import torch_training
+
+    pair = CASES[name]()
+    shape = (options.batch, 1, *options.size, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    runs = torch_training.steps(pair.theirs, name, pixels, options.dtype)
+    runs["ours"] = torch_training.ours(name, pixels, options.dtype)
+    for run in runs.values():
+        jax.block_until_ready(run())
+    yield summary(name, "train", shape, options.dtype, interleaved(runs, options.rounds))
+
+
+QUANTIZERS = {
+    "vq 1024x256": (
+        lambda v: v.VectorQuantize(dim=256, codebook_size=1024),
+        lambda: VectorQuantizer(codebook_size=1024, code_dim=256),
+        256,
+    ),
+    "vq 16384x8": (
+        lambda v: v.VectorQuantize(dim=8, codebook_size=16384),
+        lambda: VectorQuantizer(codebook_size=16384, code_dim=8),
+        8,
+    ),
+    "fsq 64000": (lambda v: v.FSQ([8, 8, 8, 5, 5, 5]), lambda: FSQ((8, 8, 8, 5, 5, 5)), 6),
+    "lfq 2^18": (lambda v: v.LFQ(dim=18, codebook_size=2**18), lambda: LFQ(18), 18),
+}
+
+
+def quantizers(options):
+    """The bottlenecks alone, at evaluation, on a batch of 16 grids of 32x32 vectors."""
+    import torch
+    import vector_quantize_pytorch
+
+    gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    for name, (theirs, ours, width) in QUANTIZERS.items():
+        z = np.random.default_rng(0).normal(size=(16, 1024, width)).astype(np.float32)
+        module, tensor = theirs(vector_quantize_pytorch).eval(), torch.from_numpy(z)
+        module, tensor = (module.cuda(), tensor.cuda()) if gpu else (module, tensor)
+        bottleneck, x = ours(), jnp.asarray(z)
+        variables = bottleneck.init(jax.random.key(0), x[:1])
+        run = jax.jit(lambda v, x, b=bottleneck: b.apply(v, x).indices, compiler_options=platform.compiler_options())
+
+        def eager(module=module, tensor=tensor):
+            with torch.inference_mode():
+                module(tensor)
+                if gpu:
+                    torch.cuda.synchronize()
+
+        runs = {"eager": eager, "ours": functools.partial(run, variables, x)}
+        for function in runs.values():
+            jax.block_until_ready(function())
+        yield summary(name, "quantize", z.shape, "float32", interleaved(runs, options.rounds))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    cases = [*CASES, "quantizers"]
+    parser.add_argument("--cases", nargs="+", default=cases, choices=cases)
+    parser.add_argument("--parts", nargs="+", default=("encode", "decode"), choices=("encode", "decode", "train"))
     parser.add_argument("--size", type=int, nargs=2, default=(256, 256), help="height and width")
-    parser.add_argument("--frames", type=int, default=9)
+    parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
     parser.add_argument("--json", type=pathlib.Path, help="write the results there too")
     options = parser.parse_args()
-    missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
+    wanted = {"kl-f8": "diffusers", "cosmos-cv8x8x8": "diffusers", "vqgan": "taming", "dvae": "dall_e"}
+    wanted |= {"quantizers": "vector_quantize_pytorch"}
+    missing = [name for name in {"torch", *map(wanted.get, options.cases)} if importlib.util.find_spec(name) is None]
     if missing:
-        parser.error(f"this comparison needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        parser.error(f"these cases need {' and '.join(sorted(missing))}: see the top of this file")
     import torch
 
     torch.set_num_threads(os.cpu_count())
     found = []
     for name in options.cases:
-        for result in measure(name, options):
+        sources = [quantizers(options)] if name == "quantizers" else [forward(name, options)]
+        if "train" in options.parts and name in ("kl-f8", "vqgan"):
+            sources.append(train(name, options))
+        for result in itertools.chain(*sources):
             found.append(result)
-            times = ", ".join(f"{mode} {value:.0f}" for mode, value in result["milliseconds"].items())
+            times = ", ".join(f"{mode} {value:.4g}" for mode, value in result["milliseconds"].items())
             apart = result.get("relative_difference")
             note = "" if apart is None else f"; results differ by {apart:.1e} (relative L2)"
+            shape = "x".join(map(str, result["shape"]))
             print(
-                f"{name} {result['part']} {result['shape']} {options.dtype} on {result['device']}: ms {times}; "
+                f"{result['case']} {result['part']} {shape} {options.dtype} on {result['device']}: ms {times}; "
                 f"ratio {result['ratio']:.2f}{note}",
                 flush=True,
             )
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
