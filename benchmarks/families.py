@@ -134,7 +134,7 @@ def forward(variant, parts, options):
         return decode(variables, encode(variables, x))
 
     encoder = compiled(encode, tok.variables, pixels)
-    args = {part: (tok.variables, pixels) for part in ("encode", "reconstruct")}
+    args = dict.fromkeys(("encode", "reconstruct"), (tok.variables, pixels))
     args["decode"] = (tok.variables, encoder[0](tok.variables, pixels))
     functions = {"decode": decode, "reconstruct": reconstruct}
     for part in parts:
