@@ -67,6 +67,16 @@ def test_speed_leaves_out_compiling_and_evaluating(tmp_path):
     log.close()
 
 
+def test_waiting_for_batches_is_a_share_of_the_time(tmp_path):
+    log = open_log(tmp_path)
+    time.sleep(0.1)
+    log.waited(0.05)
+    assert 0.2 < log.speed(2, 100)["input_wait"] <= 0.5
+    time.sleep(0.01)
+    assert log.speed(3, 100)["input_wait"] == 0
+    log.close()
+
+
 def test_pictures_and_clips_are_files(tmp_path):
     log = open_log(tmp_path)
     image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)

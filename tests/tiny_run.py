@@ -18,7 +18,7 @@ import tiny_model  # noqa: E402
 
 from configs import base  # noqa: E402
 
-TIMING = ("seconds_per_step", "frames_per_second")
+TIMING = ("seconds_per_step", "frames_per_second", "input_wait")
 
 
 def get_config(arg=None):

@@ -55,6 +55,7 @@ class RunLog:
             if sys.stderr.isatty():
                 self._bar = tqdm.tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
         self._last = last_step
+        self._waited = 0.0
         self._mark = (time.perf_counter(), first_step, frames)
 
     def due(self, step: int) -> bool:
@@ -78,12 +79,24 @@ class RunLog:
             self._show(step, {name: line[name] for name in shown if line.get(name) is not None})
 
     def speed(self, step: int, frames: int) -> dict[str, float]:
-        """Seconds per step and frames per second since the last call; ``frames`` counts all frames so far."""
+        """Of the time since the last call: seconds per step, frames per second, the share without a batch to work on.
+
+        ``frames`` counts all frames so far.
+        """
         now = time.perf_counter()
         before, first, seen = self._mark
+        waited, self._waited = self._waited, 0.0
         self._mark = (now, step, frames)
         seconds = max(now - before, 1e-9)
-        return {"seconds_per_step": seconds / max(step - first, 1), "frames_per_second": (frames - seen) / seconds}
+        return {
+            "seconds_per_step": seconds / max(step - first, 1),
+            "frames_per_second": (frames - seen) / seconds,
+            "input_wait": waited / seconds,
+        }
+
+    def waited(self, seconds: float) -> None:
+        """So long the devices had nothing to do for want of a batch."""
+        self._waited += seconds
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:

@@ -37,6 +37,7 @@ class _Run:
     recipe: Trainable
     checkpoints: checkpoint.Checkpoints
     log: RunLog
+    began: float
 
 
 def run(config: Mapping, workdir: str | pathlib.Path) -> bool:
@@ -49,6 +50,7 @@ def run(config: Mapping, workdir: str | pathlib.Path) -> bool:
       ValueError: for a config that does not fit, a folder that holds another run, or a damaged checkpoint.
       FloatingPointError: after ``config.stop_after_skipped`` steps in a row whose loss was not finite.
     """
+    began = time.perf_counter()
     config = configs.to_dict(config)
     configs.check_numbers(config)
     config = build.kind(config).resolve(config)
@@ -62,10 +64,10 @@ def run(config: Mapping, workdir: str | pathlib.Path) -> bool:
         recipe = build.recipe(config)
         build.check_batches(data.shapes, recipe, mesh)
         multihost.on_main(lambda: configs.claim_folder(folder, config))
-        return _train(config, folder, mesh, stop, data, recipe)
+        return _train(config, folder, mesh, stop, data, recipe, began)
 
 
-def _train(config, folder, mesh, stop, data: Pipeline, recipe: Trainable) -> bool:
+def _train(config, folder, mesh, stop, data: Pipeline, recipe: Trainable, began: float) -> bool:
     keep = config["checkpoint"]
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(checkpoint.Checkpoints(folder, keep["keep_last"], keep["keep_best"]))
@@ -79,7 +81,7 @@ def _train(config, folder, mesh, stop, data: Pipeline, recipe: Trainable) -> boo
             summary.write_summary(folder, config, recipe, mesh, data, log.message)
         profiler = stack.enter_context(_Profiler(config["profile"], folder))
         batches = stack.enter_context(contextlib.closing(_device_batches(data, recipe, mesh, position["batches"])))
-        everything = _Run(config, folder, mesh, stop, data, recipe, checkpoints, log)
+        everything = _Run(config, folder, mesh, stop, data, recipe, checkpoints, log, began)
         finished = _steps(everything, state, frozen, position, batches, profiler)
         checkpoints.wait()
         return finished
@@ -105,12 +107,18 @@ def _steps(run: _Run, state: TrainState, frozen, position: Mapping, batches: Ite
     watch = _Watch(config["stop_after_skipped"])
     held_out = _held_out(run)
     frames, operations, best = position["frames"], position.get("flops", 0.0), list(position["best"])
+    metrics = None
     for step in range(position["batches"], last):
         profiler.before(step - position["batches"])
-        inputs = next(batches)
+        inputs, seconds = _timed(batches)
+        if metrics is not None and all(value.is_ready() for value in metrics.values()):
+            log.waited(seconds)  # else the devices were still busy with earlier steps
         compiled, cost = program(step, state, frozen, inputs)
         state, metrics = compiled(state, frozen, inputs)
         done, operations = step + 1, operations + cost
+        if step == position["batches"]:
+            jax.block_until_ready(metrics)
+            log.message(f"first step after {time.perf_counter() - run.began:.1f} s, imports not counted")
         frames += run.recipe.frames(inputs)
         watch.add(done, metrics)
         log.progress(done)
@@ -150,6 +158,12 @@ def _held_out(run: _Run) -> build.HeldOut | None:
         return build.held_out(run.config, run.recipe, run.mesh)
     run.log.message("config.data.held_out is empty: nothing is measured while training")
     return None
+
+
+def _timed(batches: Iterator) -> tuple[Any, float]:
+    """The next one, and the seconds that it took to come."""
+    began = time.perf_counter()
+    return next(batches), time.perf_counter() - began
 
 
 def _due(step: int, every: int) -> bool:
