@@ -142,9 +142,10 @@ def forward(variant, parts, options):
         yield part, shape, functools.partial(program, *args[part]), program, took, count
 
 
-def train(config_name, options):
-    """The same of a training step."""
+def train(config_name, options, model=()):
+    """The same of a training step; ``model`` are fields of ``config.model`` to change."""
     config = importlib.import_module(f"configs.{config_name}").get_config()
+    config.model.update(dict(model))
     config.precision = options.dtype
     config.accumulate = 1
     config.mesh.update({"data": 1, "fsdp": 1, "context": 1})

@@ -1,5 +1,6 @@
 """The loop around the step: what stops a run, what is cleaned up after it, what is kept, what may be absent."""
 
+import logging
 import pathlib
 
 import jax
@@ -10,7 +11,7 @@ from PIL import Image
 
 import tokenizers
 from tokenizers.data.pipeline import Batches
-from tokenizers.train import checkpoint, loop
+from tokenizers.train import checkpoint, log, loop
 
 
 def config(**changes):
@@ -184,3 +185,27 @@ def test_nothing_is_written_for_a_config_that_cannot_run(tmp_path):
         with pytest.raises(ValueError, match=message):
             loop.run(config(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_compiled_in_steady_state(tmp_path, monkeypatch):
+    """Whatever batches hold and whichever bucket they are of: all programs are there after a round of everything."""
+    events = []
+
+    class Compilations(logging.Handler):
+        def emit(self, record):
+            if "Compiling" in record.getMessage():
+                events.append(record.getMessage().split(" with ")[0])
+
+    monkeypatch.setattr(log.RunLog, "progress", lambda self, step: events.append(step))
+    logger, handler = logging.getLogger("jax"), Compilations()
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            made = config(**{"steps": 12, "evaluation.every": 4, "checkpoint.every": 4})
+            made.data.streams.image.resolutions = ((16, 16), (16, 24))
+            loop.run(made, tmp_path)
+    finally:
+        logger.removeHandler(handler)
+    half = events.index(9)
+    assert any(isinstance(event, str) for event in events[:half])
+    assert not [event for event in events[half:] if isinstance(event, str)]

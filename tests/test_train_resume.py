@@ -123,7 +123,15 @@ def test_the_run_explains_itself(reference):
     folder, output = reference
     assert {entry.name for entry in folder.iterdir()} >= {"config.json", "summary.txt", "README.txt", "metrics.jsonl"}
     assert f"step {STEPS}/{STEPS}  generator" in output
-    for word in ("first step after", "seconds_per_step", "frames_per_second", "left 0:", "compiled the step", "GFLOP", "held_out psnr"):
+    for word in (
+        "first step after",
+        "seconds_per_step",
+        "frames_per_second",
+        "left 0:",
+        "compiled the step",
+        "GFLOP",
+        "held_out psnr",
+    ):
         assert word in output
     assert "Traceback" not in output
     assert json.loads((folder / "config.json").read_text())["steps"] == STEPS
