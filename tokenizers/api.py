@@ -21,7 +21,7 @@ from . import captions, convert, registry, streaming, tiling
 from . import pixels as pixel_values
 from .parallel import mesh as meshes
 from .parallel import platform, rules
-from .parallel.constrain import constrain
+from .parallel.constrain import constrain, whole
 from .types import Array, Encoding, Spec
 
 SAVED_CONFIG, SAVED_WEIGHTS = "tokenizer.json", "weights.safetensors"
@@ -285,7 +285,7 @@ def _encode(module: nn.Module, variables, pixels) -> Encoding:
     extra = pixels.ndim - (5 if spec.video else 4)
     native = _folded(pixel_values.to_float(pixels), extra)
     native = pixel_values.pad(native, pixel_values.fitted(spec, _input_size(module), native.shape, strict=False))
-    encoding = module.apply(variables, _constrained(native), method="encode")
+    encoding = module.apply(whole(variables), _constrained(native), method="encode")
     if spec.video and spec.tokens_per_item is not None:  # a clip of one frame has as many tokens as any
         return encoding
     return jax.tree.map(lambda leaf: _unfolded(leaf, extra, pixels.shape) if leaf.ndim else leaf, encoding)
@@ -297,7 +297,7 @@ def _decode(module: nn.Module, variables, text, latents) -> Array:
     native = _folded(latents, extra)
     native = _constrained(native) if module.spec.tokens_per_item is None else native
     options = {} if text is None else {"text": jnp.repeat(text, native.shape[0] // text.shape[0], axis=0)}
-    decoded = module.apply(variables, native, method="decode", **options)
+    decoded = module.apply(whole(variables), native, method="decode", **options)
     if extra < 0 and module.spec.fills_front:
         decoded = decoded[:, -1:]
     return _unfolded(decoded, extra, latents.shape).astype(jnp.float32)
@@ -305,17 +305,17 @@ def _decode(module: nn.Module, variables, text, latents) -> Array:
 
 @functools.partial(platform.jit, static_argnums=(0, 2, 3))
 def _features(module: nn.Module, variables, layers, bottleneck, pixels) -> list[tuple[Array, Array]]:
-    return module.apply(variables, pixel_values.to_float(pixels), layers, bottleneck, method="features")
+    return module.apply(whole(variables), pixel_values.to_float(pixels), layers, bottleneck, method="features")
 
 
 @functools.partial(platform.jit, static_argnums=0)
 def _image_embedding(module: nn.Module, variables, pixels) -> Array:
-    return _unit_length(module.apply(variables, pixel_values.to_float(pixels), method="image_features"))
+    return _unit_length(module.apply(whole(variables), pixel_values.to_float(pixels), method="image_features"))
 
 
 @functools.partial(platform.jit, static_argnums=0)
 def _text_embedding(module: nn.Module, variables, ids) -> Array:
-    return _unit_length(module.apply(variables, ids, method="text_features"))
+    return _unit_length(module.apply(whole(variables), ids, method="text_features"))
 
 
 def _unit_length(x: Array) -> Array:
@@ -324,7 +324,7 @@ def _unit_length(x: Array) -> Array:
 
 @functools.partial(platform.jit, static_argnums=0)
 def _indices_to_latents(module: nn.Module, variables, indices) -> Array:
-    return module.apply(variables, indices, method="indices_to_latents")
+    return module.apply(whole(variables), indices, method="indices_to_latents")
 
 
 def _constrained(x: Array) -> Array:

@@ -21,7 +21,7 @@ from . import errors
 from . import pixels as pixel_values
 from .nn.attention import with_room
 from .parallel import platform
-from .parallel.constrain import constrain
+from .parallel.constrain import constrain, whole
 from .types import Array, Encoding, Spec
 
 _STREAM = "stream"
@@ -98,24 +98,24 @@ def _encode_chunk(module: nn.Module, variables, state, pixels):
     # Frames fit already; in a later chunk their number is not that of a clip.
     shape = (*pixels.shape[:2], *pixel_values.fitted(spec, size, (1, *pixels.shape[2:]), strict=False)[1:])
     video = constrain(pixel_values.pad(pixel_values.to_float(pixels), shape), *_NAMES)
-    return module.apply(dict(variables) | state, video, method="encode", mutable=[_STREAM])
+    return module.apply(dict(whole(variables)) | state, video, method="encode", mutable=[_STREAM])
 
 
 @functools.partial(platform.jit, static_argnums=0)
 def _decode_chunk(module: nn.Module, variables, state, latents):
     latents = _as_latents(module, variables, latents)
-    return module.apply(dict(variables) | state, latents, method="decode", mutable=[_STREAM])
+    return module.apply(dict(whole(variables)) | state, latents, method="decode", mutable=[_STREAM])
 
 
 @functools.partial(platform.jit, static_argnums=0)
 def _decode_last_chunk(module: nn.Module, variables, state, latents):
     # Layers that look ahead take a call that leaves no history for the last one.
-    return module.apply(dict(variables) | state, _as_latents(module, variables, latents), method="decode"), {}
+    return module.apply(dict(whole(variables)) | state, _as_latents(module, variables, latents), method="decode"), {}
 
 
 def _as_latents(module: nn.Module, variables, latents):
     if jnp.issubdtype(latents.dtype, jnp.integer):
-        latents = module.apply(variables, latents, method="indices_to_latents")
+        latents = module.apply(whole(variables), latents, method="indices_to_latents")
     return constrain(latents, *_NAMES)
 
 

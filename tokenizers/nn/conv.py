@@ -16,6 +16,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from ..errors import pick, unknown
+from ..parallel.constrain import splits
 from . import lowering as lowerings
 
 Array = jax.Array
@@ -213,13 +214,16 @@ class _Conv(nn.Module):
         return promote_dtype(x, kernel, bias, dtype=self.dtype)
 
     def apply_kernel(self, x: Array, kernel: Array, bias: Array | None, pads: Sequence[tuple[int, int]]) -> Array:
-        """Upsamples, pads in the module's mode, convolves, adds the bias."""
-        rank = x.ndim - 2
+        """Upsamples, pads in the module's mode, convolves, adds the bias; a 2D kernel takes each frame of a clip."""
+        rank = len(pads)
         _, strides, dilation = self.geometry(rank)
         repeats = per_axis(self.repeats, rank, "repeats")
         if self.padding_mode != "zeros":
             x = pad_space(lowerings.repeat(x, repeats), pads, self.padding_mode)
-            pads, repeats = ((0, 0),) * rank, 1
+            pads, repeats = ((0, 0),) * rank, (1,) * rank
+        if x.ndim > kernel.ndim:
+            kernel, strides, dilation = kernel[None], (1, *strides), (1, *dilation)
+            pads, repeats = ((0, 0), *pads), (1, *repeats)
         y = convolve(
             x,
             kernel,
@@ -242,8 +246,9 @@ class Conv2d(_Conv):
         leading = x.shape[:-3]
         x, kernel, bias = self.parameters(x, kernel_size)
         pads = padding_pairs(self.padding, self.sizes(x, 2), kernel_size, strides, dilation)
-        y = self.apply_kernel(x.reshape(-1, *x.shape[-3:]), kernel, bias, pads)
-        return y.reshape(*leading, *y.shape[1:])
+        apart = len(leading) == 2 and splits("time")  # a split time that is merged with the batch would be gathered
+        y = self.apply_kernel(x if apart else x.reshape(-1, *x.shape[-3:]), kernel, bias, pads)
+        return y.reshape(*leading, *y.shape[-3:])
 
 
 class Conv3d(_Conv):

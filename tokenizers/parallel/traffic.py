@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -79,7 +79,7 @@ def _arrays(shape: str) -> tuple[tuple[tuple[int, ...], ...], int]:
     return tuple(shapes), int(size)
 
 
-def bytes_by_kind(found: list[Transfer]) -> dict[str, int]:
+def bytes_by_kind(found: Sequence[Transfer]) -> dict[str, int]:
     """Bytes that one device receives in a run of the program, by kind of collective."""
     total: collections.Counter = collections.Counter()
     for transfer in found:

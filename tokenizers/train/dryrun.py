@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ class Program:
       flops: of matrix products and convolutions, of all devices together.
       peak: bytes of one device.
       state: of these, the state's.
-      traffic: bytes that one device receives per step, by kind of collective.
+      transfers: what the devices send each other in a step.
     """
 
     inputs: str
@@ -42,7 +42,12 @@ class Program:
     flops: float
     peak: int
     state: int
-    traffic: Mapping[str, int]
+    transfers: Sequence[traffic.Transfer]
+
+    @property
+    def traffic(self) -> Mapping[str, int]:
+        """Bytes that one device receives per step, by kind of collective."""
+        return traffic.bytes_by_kind(self.transfers)
 
 
 def mesh_fields(text: str) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def compile_steps(config: Mapping) -> Iterator[Program]:
                 flops=flops.count(traced.jaxpr),
                 peak=traffic.peak_bytes(compiled),
                 state=sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state)),
-                traffic=traffic.bytes_by_kind(traffic.transfers(compiled)),
+                transfers=traffic.transfers(compiled),
             )
 
 
