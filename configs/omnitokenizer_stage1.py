@@ -43,8 +43,8 @@ def get_config(arg=None):
     config.data = base.data(source="images", path="data/imagenet/train", held_out="0.001", resample="bicubic")
     config.data.streams["image"] = base.stream(batch_size=256, resolutions=((256, 256),))
     config.evaluation.every = config.checkpoint.every = 10_000
-    if arg == "smoke":  # half a minute, on the embedded photographs and without the weights of LPIPS
-        config.steps = 40
+    if arg == "smoke":  # two minutes, on the embedded photographs and without the weights of LPIPS
+        config.steps = 300
         config.loss.perceptual = None
         config.model.bottleneck = {"name": "vq", "codebook_size": 64, "code_dim": 8}
         config.loss.bottleneck.codebook = 1.0
@@ -52,11 +52,11 @@ def get_config(arg=None):
         config.model.update({"temporal_depth": 1, "heads": 2, "head_dim": 32, "window": 4, "remat": False})
         config.optimizer.warmup = config.discriminator.optimizer.warmup = 4
         config.discriminator.update({"channels": 8, "layers": 2})
-        config.data.update({"source": "embedded", "path": "", "held_out": "0.1"})
+        config.data.update({"source": "embedded", "path": "", "held_out": "0.1", "zoom": (1.0, 4.0)})
         config.data.streams.image.update({"batch_size": 16, "resolutions": ((32, 32),)})
-        config.log.every = 5
-        config.evaluation.update({"every": 20, "max_items": 8})
-        config.checkpoint.every = 20
+        config.log.every = 10
+        config.evaluation.update({"every": 50, "max_items": 10})
+        config.checkpoint.every = 100
     elif arg is not None:
         raise ValueError(f"unknown argument {arg!r} of configs/omnitokenizer_stage1.py. Accepted: smoke.")
     return config

@@ -52,18 +52,19 @@ def get_config(arg=None):
     config.data.streams["image"] = base.stream(batch_size=256, resolutions=((256, 256),))
     config.evaluation.every = config.checkpoint.every = 10_000
     if arg == "smoke":  # a minute, on the embedded photographs and without weight files
-        config.steps = 300
+        config.steps = 1000
         config.ema_decay = 0.9
         config.model.bottleneck = {"name": "vq", "codebook_size": 256, "code_dim": 8}
-        config.model.update({"latent_channels": 8, "tokens": 16, "input_size": (32, 32), "patch": 8, "remat": False})
+        config.model.update({"latent_channels": 8, "tokens": 32, "input_size": (32, 32), "patch": 8, "remat": False})
         config.model.update({"encoder": (64, 2, 2), "decoder": (64, 2, 2)})
-        config.optimizer.update({"lr": 1e-3, "warmup": 20})
+        config.optimizer.update({"lr": 1e-3, "warmup": 50})
+        config.loss.reconstruction_weight = 1.0
         config.loss.perceptual = None
         config.loss.convnext_weight = 0.0
-        config.discriminator.update({"channels": 32, "layers": 1, "start": 200, "generator_start": 200})
-        config.data.update({"source": "embedded", "path": "", "held_out": "0.1"})
+        config.discriminator.update({"channels": 32, "layers": 1, "start": 940, "generator_start": 960, "weight": 0.01})
+        config.data.update({"source": "embedded", "path": "", "held_out": "0.1", "zoom": (1.0, 4.0)})
         config.data.streams.image.update({"batch_size": 16, "resolutions": ((32, 32),)})
-        config.log.every = 10
-        config.evaluation.update({"every": 100, "max_items": 16, "final_report": False})
+        config.log.every = 20
+        config.evaluation.update({"every": 200, "max_items": 10, "final_report": False})
         config.checkpoint.every = 0
     return config
