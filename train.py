@@ -1,7 +1,8 @@
 """Train a tokenizer: ``python train.py --config=configs/quickstart.py``.
 
 Any field of the config can be set: ``--config.optimizer.lr=1e-4``. The same command goes on where a run stopped.
-``--dry_run --mesh=data:8,fsdp:8`` compiles its step for a mesh of devices that need not be there.
+``--dry_run --mesh=data:8,fsdp:8`` compiles its step for a mesh of devices that need not be there. Scripts that start it
+on several hosts are in launch/.
 """
 
 import pathlib
@@ -16,6 +17,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, w
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<name of the config>.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step on virtual devices, and say its memory and traffic.")
 _MESH = flags.DEFINE_string("mesh", "", "In place of config.mesh: data:8,fsdp:8,context:1,split:height.")
+_STOPPED = flags.DEFINE_integer("stopped_status", 0, "Exit status of a run that was told to stop, for schedulers.")
 flags.mark_flag_as_required("config")
 
 
@@ -42,6 +44,7 @@ def main(argv):
             session.evaluate_checkpoint(workdir, evaluation)
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    return 0 if finished else _STOPPED.value
 
 
 def _change_mesh(config):

@@ -108,6 +108,12 @@ def check(words):
     if program in FOREIGN:
         if "&&" in arguments[-1]:  # handed to another shell
             check(shlex.split(arguments[-1].split("&&")[-1].removeprefix("--command=")))
+    elif program == "kubectl":
+        assert (ROOT / arguments[-1]).is_file(), words
+    elif program == "sbatch" or program.startswith("launch/"):
+        script, *arguments = arguments if program == "sbatch" else words
+        assert (ROOT / script).is_file(), words
+        check_flags(["train.py", *arguments])
     elif program == "./run":
         assert arguments[0] in re.findall(r"^ {4}(\w+)\)", (ROOT / "run").read_text(), re.MULTILINE), words
     elif program == "python" and arguments[:2] == ["-m", "tokenizers"]:

@@ -99,11 +99,11 @@ def test_kill_nine_at_any_moment(reference, tmp_path):
 
 def test_sigterm_saves_and_exits_cleanly(reference, tmp_path):
     folder = tmp_path / "run"
-    rare = [*OPTIONS[:2], "--config.checkpoint.every=0"]
+    rare = [*OPTIONS[:2], "--config.checkpoint.every=0", "--stopped_status=75"]
     process = tiny_run.start(folder, *rare, argument="ema")
     assert wait_for(process, lambda: lines(folder) >= 5)
     process.send_signal(signal.SIGTERM)
-    output = finish(process, code=0)
+    output = finish(process, code=75)
     assert "asked to stop: saved step" in output
     (saved,) = [int(entry.name) for entry in (folder / "checkpoints").iterdir()]
     assert 5 <= saved < STEPS
