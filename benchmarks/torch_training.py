@@ -92,6 +92,7 @@ def ours(name, pixels, dtype):
     """A function that takes one step of our recipe without what the other side has not: LPIPS, moving average."""
     config = importlib.import_module(f"configs.{RECIPES[name]}").get_config()
     config.loss.update({"perceptual": None, "perceptual_weight": 0.0, "reduction": "mean"})
+    config.optimizer.frozen = ()
     config.ema_decay = 0.0
     config.accumulate = 1
     config.discriminator.update({"start": 0, "generator_start": 0, "fresh_forward": False})
