@@ -111,22 +111,22 @@ def row(options, devices, processes=1):
     return parts[0] | {"cpu_seconds": sum(part["cpu_seconds"] for part in parts)}
 
 
-def report(rows):
-    one = rows[0]
+HEADER = """\
+| devices | processes | batch | s per step | overhead | CPU overhead | sent per device and step, MiB | MiB per device |
+|---|---|---|---|---|---|---|---|"""
+
+
+def report(found, one):
+    """A line of the table; ``one`` is the first row."""
+    for name in ("seconds", "cpu_seconds"):
+        found[f"overhead_{name}"] = found[name] / (found["devices"] / one["devices"] * one[name])
+    sent = ", ".join(f"{kind} {size / 2**20:.2f}" for kind, size in sorted(found["sent"].items())) or "nothing"
     print(
-        "| devices | processes | batch | s per step | overhead | CPU overhead | sent per device and step, MiB "
-        "| peak per device, MiB |\n|---|---|---|---|---|---|---|---|"
+        f"| {found['devices']} | {found['processes']} | {found['shape'][0]} | {found['seconds']:.3f} "
+        f"| {found['overhead_seconds']:.2f} | {found['overhead_cpu_seconds']:.2f} | {sent} "
+        f"| {found['peak'] / 2**20:.1f} |",
+        flush=True,
     )
-    for found in rows:
-        for name in ("seconds", "cpu_seconds"):
-            found[f"overhead_{name}"] = found[name] / (found["devices"] / one["devices"] * one[name])
-        sent = ", ".join(f"{kind} {size / 2**20:.2f}" for kind, size in sorted(found["sent"].items())) or "nothing"
-        print(
-            f"| {found['devices']} | {found['processes']} | {found['shape'][0]} | {found['seconds']:.2f} "
-            f"| {found['overhead_seconds']:.2f} | {found['overhead_cpu_seconds']:.2f} | {sent} "
-            f"| {found['peak'] / 2**20:.0f} |",
-            flush=True,
-        )
 
 
 def main():
@@ -145,10 +145,12 @@ def main():
     if options.process is not None:
         print(json.dumps(measure(options)))
         return
-    rows = [row(options, count) for count in options.devices]
-    if options.processes > 1:
-        rows.append(row(options, options.processes, options.processes))
-    report(rows)
+    print(HEADER, flush=True)
+    rows = []
+    plan = [(count, 1) for count in options.devices] + [(options.processes,) * 2] * (options.processes > 1)
+    for devices, processes in plan:
+        rows.append(row(options, devices, processes))
+        report(rows[-1], rows[0])
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
