@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from tokenizers import registry
+from tokenizers.parallel import mesh as meshes
 from tokenizers.parallel import platform, traffic
 from tokenizers.train import dryrun
 
@@ -73,16 +74,18 @@ def test_videos_of_any_length_stream_within_16_gib(name, size, encode, decode):
 @pytest.mark.parametrize(
     ("name", "size", "frames", "budget"),
     [
-        ("kl_f8", (256, 256), 1, 8.0),
-        ("cosmos_cv8x8x8", (256, 256), 17, 8.0),
+        ("kl_f8", (256, 256), 1, 5.8),
+        ("cosmos_cv8x8x8", (256, 256), 17, 10.4),
     ],
 )
-def test_training_steps_fit_their_budget(name, size, frames, budget):
+def test_training_steps_fit_their_budget(name, size, frames, budget, monkeypatch):
     """One picture or clip of the published recipe on one device, everything switched on."""
+    make = meshes.make_mesh
+    monkeypatch.setattr(meshes, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1]))
     config = importlib.import_module(f"configs.{name}").get_config()
     (stream,) = config.data.streams.values()
     stream.update({"batch_size": 1, "resolutions": (size,), "frames": frames})
     config.accumulate = 1
     config.mesh.update({"data": 1, "fsdp": 1, "context": 1})
     (program,) = dryrun.compile_steps(config)
-    assert program.peak < budget * GIB
+    assert 0.8 * budget * GIB < program.peak < budget * GIB
