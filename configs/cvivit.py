@@ -47,20 +47,23 @@ def get_config(arg=None):
     config.data = base.data(source="videos", path="data/videos/train", held_out="0.01")
     config.data.streams["video"] = base.stream(frames=11, batch_size=64, resolutions=((128, 128),))
     config.evaluation.every = config.checkpoint.every = 10_000
-    if arg == "smoke":  # a minute, on embedded photographs that a virtual camera moves, without VGG16's weights
-        config.steps = 40
+    if arg == "smoke":  # two minutes, on embedded photographs that a virtual camera moves, without VGG16's weights
+        config.steps = 220
         config.loss.vgg_hidden_weight = 0.0
+        config.loss.reconstruction_weight = 1.0  # entropies of the paper's weight outweigh pixels in so few steps
+        config.loss.bottleneck.update({"entropy_sample": 0.01, "entropy_codebook": -0.01})
         bits = {"name": "lfq", "bits": 10, "bit_order": "big", "entropy": "clamped"}
         config.model.update({"bottleneck": bits, "latent_channels": 10, "patch": (2, 4, 4), "width": 64})
         config.model.update({"spatial_depth": 1, "temporal_depth": 1, "heads": 2, "head_dim": 32, "remat": False})
         config.optimizer.update({"lr": 2e-3, "warmup": 4})
-        config.discriminator.update({"channels": 4, "start": 30, "generator_start": 35, "against": "reconstruction"})
+        config.discriminator.update({"channels": 4, "start": 200, "generator_start": 210, "against": "reconstruction"})
+        config.discriminator.weight = 0.05
         config.data.update({"source": "embedded", "path": "", "held_out": "0.1", "virtual_camera": True})
         config.data.streams.video.update({"frames": 5, "batch_size": 8, "resolutions": ((32, 32),)})
         config.ema_decay = 0.9
-        config.log.every = 5
-        config.evaluation.update({"every": 20, "max_items": 8})
-        config.checkpoint.every = 20
+        config.log.every = 10
+        config.evaluation.update({"every": 40, "max_items": 10})
+        config.checkpoint.every = 100
     elif arg is not None:
         raise ValueError(f"unknown argument {arg!r} of configs/cvivit.py. Accepted: smoke.")
     return config
