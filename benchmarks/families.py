@@ -146,6 +146,8 @@ def train(config_name, options, model=()):
     """The same of a training step; ``model`` are fields of ``config.model`` to change."""
     config = importlib.import_module(f"configs.{config_name}").get_config()
     config.model.update(dict(model))
+    for stream in config.data.streams.values():  # what a discriminator is made for
+        stream.resolutions = (tuple(options.size),)
     config.precision = options.dtype
     config.accumulate = 1
     config.mesh.update({"data": 1, "fsdp": 1, "context": 1})

@@ -2,12 +2,13 @@
 
     python benchmarks/memory.py stream [--models cosmos-1.0-cv8x8x8 ...] [--size 1080 1920] [--chunk 8]
         [--dtype bfloat16]
-    python benchmarks/memory.py remat [--config kl_f8] [--values False True] [--size 128 128] [--frames 9] [--rounds 3]
+    python benchmarks/memory.py remat [--config kl_f8] [--values False True] [--size 128 128] [--frames 9] [--batch 1]
+        [--rounds 3]
 
 ``stream`` compiles a later chunk of a clip, history and parameters included, and runs nothing: peak bytes do not grow
 with the clip, except for models whose attention sees the whole past. ``remat`` compiles and times the training step of
-a recipe for each value of ``config.model.remat``. On a CPU, XLA keeps bfloat16 values in float32 here and there: what
-is printed is rather too much than too little.
+a recipe for each value of ``config.model.remat``; with ``--rounds 0`` it only compiles. On a CPU, XLA keeps bfloat16
+values in float32 here and there: what is printed is rather too much than too little.
 """
 
 import argparse
@@ -63,8 +64,9 @@ def remat(options):
     for text in options.values:
         value = {"True": True, "False": False}.get(text, text)
         for _, _, run, program, took, count in train(options.config, options, {"remat": value}):
-            jax.block_until_ready(run())
-            median = statistics.median(seconds(run) for _ in range(options.rounds))
+            if options.rounds:
+                jax.block_until_ready(run())
+            median = statistics.median([seconds(run) for _ in range(options.rounds)] or [0.0])
             mib = traffic.peak_bytes(program) / 2**20
             print(f"| {value} | {mib:.0f} | {1e3 * median:.0f} | {count / 1e9:.0f} | {took:.0f} |", flush=True)
 
