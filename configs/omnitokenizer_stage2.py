@@ -65,23 +65,24 @@ def get_config(arg=None):
     config.data.streams["image"] = base.stream(batch_size=256, resolutions=SIZES)
     config.data.streams["video"] = base.stream(frames=17, batch_size=128, resolutions=SIZES)
     config.evaluation.every = config.checkpoint.every = 10_000
-    if arg == "smoke":  # a minute, on embedded photographs that a virtual camera moves, without the weights of LPIPS
-        config.steps = 40
+    if arg == "smoke":  # two minutes, on embedded photographs that a virtual camera moves, without the weights of LPIPS
+        config.steps = 160
         config.loss.perceptual = None
         config.loss.resolutions = ()
         config.model.bottleneck = {"name": "vq", "codebook_size": 64, "code_dim": 8}
         config.loss.bottleneck.codebook = 1.0
-        config.model.update({"patch": (2, 4, 4), "width": 64, "encoder_blocks": "tw", "decoder_blocks": "t"})
+        config.model.update({"patch": (4, 4, 4), "width": 64, "encoder_blocks": "tw", "decoder_blocks": "t"})
         config.model.update({"temporal_depth": 1, "heads": 2, "head_dim": 32, "window": 4, "remat": False})
-        config.optimizer.update({"lr": 1e-3, "warmup": 4})
-        config.discriminator.optimizer.warmup = 4
+        config.optimizer.update({"lr": 1e-3, "warmup": 10, "end": 0.05})
+        config.discriminator.optimizer.warmup = 10
         config.discriminator.update({"channels": 8, "layers": 2})
         config.data.update({"source": "embedded", "path": "", "held_out": "0.1", "virtual_camera": True})
+        config.data.zoom = (1.0, 4.0)
         config.data.streams.image.update({"batch_size": 16, "resolutions": ((32, 32),)})
         config.data.streams.video.update({"frames": 5, "batch_size": 8, "resolutions": ((32, 32),)})
-        config.log.every = 5
-        config.evaluation.update({"every": 20, "max_items": 8})
-        config.checkpoint.every = 20
+        config.log.every = 10
+        config.evaluation.update({"every": 40, "max_items": 10})
+        config.checkpoint.every = 80
     elif arg not in (None, "vae"):
         raise ValueError(f"unknown argument {arg!r} of configs/omnitokenizer_stage2.py. Accepted: smoke, vae.")
     return config

@@ -59,8 +59,9 @@ def get_config(arg=None):
     config.data.streams["image"] = base.stream(batch_size=256, resolutions=((256, 256),))
     config.evaluation.every = config.checkpoint.every = 10_000
     if arg == "smoke":
-        config.steps = 300
+        config.steps = 600
         titok_l32_stage1.smoke(config)
         config.loss.convnext_weight = 0.0
-        config.discriminator.update({"channels": 32, "layers": 1, "start": 200, "generator_start": 200})
+        config.loss.reconstruction_weight = 1.0
+        config.discriminator.update({"channels": 32, "layers": 1, "start": 540, "generator_start": 560})
     return config
