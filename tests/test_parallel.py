@@ -188,7 +188,10 @@ def test_what_the_first_process_refuses_is_raised():
         multihost.on_main(refuse)
 
 
-def test_first_signal_asks_and_the_second_interrupts():
+def test_first_signal_asks_and_the_second_interrupts(request):
+    # Shells start background jobs with SIGINT ignored, which would be restored here.
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # To this thread: one that is sent to the process may arrive in another, and be noticed here some time later.
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with multihost.stop_on_signal() as stop:

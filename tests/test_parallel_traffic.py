@@ -184,7 +184,8 @@ def beyond_losses(compiled, encoding):
 
 
 def test_every_family_is_here():
-    assert sorted(FIELDS) == sorted(registry.systems())
+    ours = [name for name, module in registry.systems().items() if module.__name__.startswith("tokenizers.models.")]
+    assert sorted(FIELDS) == sorted(ours)
     assert not set(ATTENTION) & set(EXCEPTIONS)
 
 
