@@ -9,6 +9,7 @@ full: a program for each doubling of the length.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -54,7 +55,7 @@ def _streaming_spec(module: nn.Module, name: str) -> Spec:
 def _encodings(spec: Spec, name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Encoding]:
     state: dict[str, Any] = {}
     for pixels in regroup(chunks, int(spec.first_frame_alone), spec.compression[0]):
-        encoding, state = run(_encode_chunk, state, pixels)
+        encoding, state = _quietly(run, _encode_chunk, state, pixels)
         state = _kept(state, name)
         yield encoding
 
@@ -62,10 +63,17 @@ def _encodings(spec: Spec, name: str, run: Run, chunks: Iterable[Any]) -> Iterat
 def _pixels(spec: Spec, name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Array]:
     state: dict[str, Any] = {}
     for latents, last in _held_back(chunks, spec.lookahead):
-        pixels, state = run(_decode_last_chunk if last else _decode_chunk, state, latents)
+        pixels, state = _quietly(run, _decode_last_chunk if last else _decode_chunk, state, latents)
         if not last:
             state = _kept(state, name)
         yield pixels
+
+
+def _quietly(run: Run, function: Callable, state: Any, value: Any) -> tuple[Any, Any]:
+    """Keys of attention outgrow their buffers now and then; JAX would warn that it cannot use these again."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return run(function, state, value)
 
 
 def _held_back(chunks: Iterable[Any], count: int) -> Iterator[tuple[Any, bool]]:
