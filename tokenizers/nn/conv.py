@@ -80,16 +80,13 @@ def _convolve(x, kernel, *, strides, pads, dilation, groups, repeats, lowering):
     rewritten = lowerings.for_cpu(kernel.shape, strides, groups)
     folded = max(repeats) > 1 and lowerings.folds(repeats, kernel.shape[:-2], **geometry, groups=groups)
 
-    def repeated(x):
-        return lowerings.repeat(x, repeats) if max(repeats) > 1 else x
-
     def native(x, kernel):
-        return lowerings.native(repeated(x), kernel, **geometry, groups=groups)
+        return lowerings.native(lowerings.repeat(x, repeats), kernel, **geometry, groups=groups)
 
     def for_cpu(x, kernel):
         if folded:
             return lowerings.of_repeated(rewritten or lowerings.native, x, kernel, repeats=repeats, **geometry)
-        return rewritten(repeated(x), kernel, **geometry)
+        return rewritten(lowerings.repeat(x, repeats), kernel, **geometry)
 
     if lowering == "native" or not (rewritten or folded):
         return native(x, kernel)

@@ -32,6 +32,8 @@ def native(x, kernel, *, strides, pads, dilation, groups=1):
 
 def repeat(x: Array, factors: Sequence[int]) -> Array:
     """Repeats every element ``factors`` times: ``(..., H, W, C)`` -> ``(..., f0 * H, f1 * W, C)``. No gather."""
+    if set(factors) == {1}:
+        return x
     rank = len(factors)
     lead, sizes, channels = x.shape[: -1 - rank], x.shape[-1 - rank : -1], x.shape[-1]
     expanded = x.reshape(*lead, *(n for size in sizes for n in (size, 1)), channels)
