@@ -19,7 +19,17 @@ _FLAGS = (
 os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", "")))  # the last one of a flag counts
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "tokenizers_test_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Meshes of configs have the first of the eight devices alone."""
+    from tokenizers.parallel import mesh as meshes
+
+    make = meshes.make_mesh
+    monkeypatch.setattr(meshes, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1]))

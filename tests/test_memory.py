@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import pytest
 
 from tokenizers import registry
-from tokenizers.parallel import mesh as meshes
 from tokenizers.parallel import platform, traffic
 from tokenizers.train import dryrun
 
@@ -78,10 +77,8 @@ def test_videos_of_any_length_stream_within_16_gib(name, size, encode, decode):
         ("cosmos_cv8x8x8", (256, 256), 17, 10.4),
     ],
 )
-def test_training_steps_fit_their_budget(name, size, frames, budget, monkeypatch):
+def test_training_steps_fit_their_budget(name, size, frames, budget, one_device):
     """One picture or clip of the published recipe on one device, everything switched on."""
-    make = meshes.make_mesh
-    monkeypatch.setattr(meshes, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1]))
     config = importlib.import_module(f"configs.{name}").get_config()
     (stream,) = config.data.streams.values()
     stream.update({"batch_size": 1, "resolutions": (size,), "frames": frames})

@@ -23,12 +23,7 @@ def config(**changes):
     return made
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    from tokenizers.parallel import mesh as meshes
-
-    make = meshes.make_mesh
-    monkeypatch.setattr(meshes, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1]))
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
