@@ -170,7 +170,9 @@ NETWORK = {
 }  # fmt: skip
 LFQ_CONFIG = {"ddconfig": NETWORK, "n_embed": 262144, "embed_dim": 18, "use_ema": True}
 IBQ_NETWORK = NETWORK | {"z_channels": 256, "resolution": 256, "attn_resolutions": [16], "dropout": 0.0}
-IBQ_CONFIG = {"ddconfig": IBQ_NETWORK, "n_embed": 16384, "embed_dim": 256, "beta": 0.25}
+IBQ_CONFIG = {
+    "ddconfig": IBQ_NETWORK, "n_embed": 16384, "embed_dim": 256, "beta": 0.25, "use_entropy_loss": True,
+}  # fmt: skip
 VQVAE = {
     "architecture": "3dcnn", "codebook_size": 1024, "filters": 64, "num_enc_res_blocks": 2, "num_dec_res_blocks": 2,
     "channel_multipliers": [1, 2, 2, 4], "temporal_downsample": [True, True, False], "embedding_dim": 256,
@@ -192,6 +194,9 @@ def test_configs_are_read_as_files_or_as_arguments():
     video["init_args"] = LFQ_CONFIG | {"ddconfig": NETWORK | {"ch_mult": [1, 2, 2, 4]}}
     assert built({"model": video}) == registry.build("open-magvit2-video-128-262144")
     assert built(IBQ_CONFIG) == registry.build("ibq-imagenet-16384")
+    # Both are read by nobody: the authors' class replaces the quantizer that would normalise.
+    assert built(IBQ_CONFIG | {"l2_normalize": True, "cosine_similarity": True}) == built(IBQ_CONFIG)
+    assert built(IBQ_CONFIG | {"use_entropy_loss": False}).bottleneck.entropy is None
     assert built(VQVAE) == built({"vqvae": VQVAE})
     halves = built(LAYERED | {"layers": ["compress_time", ["compress_space", 24], ["compress_time"], "attend_time"]})
     assert halves.spec.compression == (4, 2, 2)
@@ -222,7 +227,8 @@ def test_normalized_latents_of_magvit_choose_by_direction():
         (LFQ_CONFIG | {"n_embed": 1024}, "n_embed=1024 do not fit"),
         (LFQ_CONFIG | {"num_codebooks": 2}, "key of an Open-MAGVIT2 config 'num_codebooks'"),
         (LFQ_CONFIG | {"token_factorization": True, "factorized_bits": [6, 6]}, r"factorized_bits=\[6, 6\] must be"),
-        (IBQ_CONFIG | {"l2_normalize": True}, "l2_normalize of an IBQ config True"),
+        (IBQ_CONFIG | {"l2_normalise": True}, "key of an IBQ config 'l2_normalise'"),
+        (IBQ_CONFIG | {"remap": "used.npy"}, "remap of an IBQ config 'used.npy'"),
         (IBQ_CONFIG | {"code_dim": 3}, "key of an IBQ config 'code_dim'"),
         (VQVAE | {"norm_type": "LN"}, "norm_type of vqvae 'LN'. .*'GN'"),
         (VQVAE | {"temporal_downsample": [True, False]}, "one entry between any two levels"),

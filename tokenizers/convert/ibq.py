@@ -14,6 +14,8 @@ from .magvit2 import TRAINING, init_args
 TABLE = (*autoencoder_table((), ()), Rule(r"params/bottleneck/codebook", "quantize.embedding.weight"))
 IGNORE = (r"loss\..*",)
 
+# The first two change nothing in the authors' code: ``l2_normalize`` goes to the quantizer of the parent class, which
+# theirs replaces, and nobody reads ``cosine_similarity``.
 _QUANTIZER = ("l2_normalize", "cosine_similarity", "use_entropy_loss", "entropy_temperature", "beta")
 
 
@@ -27,14 +29,13 @@ def fields_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
     found, _ = init_args(config)
     what = "an IBQ config"
     check_keys(what, found, ("ddconfig", "n_embed", "embed_dim", "remap", "sane_index_shape", *_QUANTIZER, *TRAINING))
-    check_value(what, found, "l2_normalize", (False,))
     check_value(what, found, "remap", (None,))
     temperature = found.get("entropy_temperature", 0.01)
     bottleneck = {
         "name": "ibq",
         "codebook_size": found["n_embed"],
         "code_dim": found["embed_dim"],
-        "entropy": "smoothed" if found.get("use_entropy_loss", True) else None,
+        "entropy": "smoothed" if found.get("use_entropy_loss", False) else None,
         "inverse_temperature": 1.0 / temperature,
     }
     return network_fields(found["ddconfig"], double_z=False) | {
