@@ -35,13 +35,11 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import tokenizers  # noqa: E402
-from tokenizers.parallel import flops, platform, traffic  # noqa: E402
-from tokenizers.parallel import mesh as meshes  # noqa: E402
-from tokenizers.pixels import fitted  # noqa: E402
-from tokenizers.train import build, dryrun  # noqa: E402
-from tokenizers.train.config import to_dict  # noqa: E402
-from tokenizers.train.step import make_step  # noqa: E402
+from training import Step, compiled  # noqa: E402
+from vistok.parallel import platform, traffic  # noqa: E402
+from vistok.pixels import fitted  # noqa: E402
+
+import vistok  # noqa: E402
 
 # Family: (released variant, config of its recipe).
 FAMILIES = {
@@ -102,14 +100,6 @@ def seconds(run, *args):
     return time.perf_counter() - start
 
 
-def compiled(function, *args, **options):
-    """(program, seconds that it took, operations)."""
-    start = time.perf_counter()
-    traced = jax.jit(function, compiler_options=platform.compiler_options(), **options).trace(*args)
-    program = traced.lower().compile()
-    return program, time.perf_counter() - start, flops.count(traced.jaxpr)
-
-
 def shape_of(module, options):
     """``(B, [T,] H, W, 3)`` of what the network takes, nearest to what is asked for."""
     video = (options.frames,) if module.spec.video else ()
@@ -119,7 +109,7 @@ def shape_of(module, options):
 
 def forward(variant, parts, options):
     """(part, shape, timed function, program, compile seconds, operations) of encoding and decoding."""
-    tok = tokenizers.create(variant)
+    tok = vistok.create(variant)
     tok = tok if options.dtype == "float32" else tok.cast(options.dtype)
     shape = shape_of(tok.module, options)
     pixels = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, shape), jnp.float32)
@@ -151,32 +141,13 @@ def train(config_name, options, model=()):
     config.precision = options.dtype
     config.accumulate = 1
     config.mesh.update({"data": 1, "fsdp": 1, "context": 1})
-    config = dryrun.compilable(to_dict(config))
-    mesh = meshes.from_config(config["mesh"])
-    with jax.set_mesh(mesh):
-        recipe = build.recipe(config)
-        fitting = shape_of(recipe.model, options)
-        shape = fitting if len(fitting) == 5 else (fitting[0], 1, *fitting[1:])
-        state = build.initial_state(config, recipe, mesh)
-        key = jax.random.key(0)
-        networks = jax.tree.map(lambda leaf: 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype), recipe.networks)
-        rng = np.random.default_rng(0)
-        inputs = {
-            key: rng.integers(0, 255, array.shape, array.dtype)
-            if np.issubdtype(array.dtype, np.integer)
-            else rng.normal(size=array.shape).astype(array.dtype)
-            for key, array in recipe.inputs_of(shape).items()
-        }
-        inputs = jax.tree.map(jnp.asarray, inputs)
-        step = make_step(recipe.at(config["steps"]))
-        program, took, count = compiled(step, state, networks, inputs, donate_argnums=0)
-        holder = [state]
 
-        def run():
-            holder[0], metrics = program(holder[0], networks, inputs)
-            return holder[0], metrics
+    def shape(module):
+        fitting = shape_of(module, options)
+        return fitting if len(fitting) == 5 else (fitting[0], 1, *fitting[1:])
 
-        yield "train", shape, run, program, took, count
+    step = Step(config, shape)
+    yield "train", step.shape, step, step.program, step.compile_seconds, step.operations
 
 
 def rows(family, options, peak):

@@ -1,20 +1,33 @@
 """Weak scaling of a training step, as far as a CPU can show it: the same work for each of 1, 2, 4 and 8 devices.
 
-    python benchmarks/scaling.py [--config configs/quickstart.py] [--stream image] [--batch 4] [--axis data]
-        [--devices 1 2 4 8] [--processes 2] [--steps 5] [--json out.json]
+    python benchmarks/scaling.py [--config configs/quickstart.py] [--set model.channels=16] [--stream image]
+        [--size 64 64] [--frames 9] [--batch 4] [--axis data] [--devices 1 2 4 8] [--processes 2] [--steps 5]
+        [--json out.json]
 
 Every number of devices runs in a process of its own, as virtual devices of the CPU, and then two processes with one
-device each, joined by `jax.distributed`. They share the cores of the machine, so n devices cannot be faster than n
-times the time of one: printed is how much slower they are. `overhead` is time(n) / (n * time(1)), and `CPU overhead`
-the same of CPU time, which does not depend on what else the machine does. 1.0 is none; less means that one device alone
-left cores or caches unused. What a step sends and the memory it needs are read from the compiled program, and are those
-of any machine with that mesh, but for what its compiler does otherwise.
+device each, joined by `jax.distributed`. Along `data` and `fsdp` the batch grows with the devices, along `height`,
+`width` and `time` the pixels do. All share the cores of the machine, so n devices cannot be faster than n times the
+time of one: printed is how much slower they are. Columns:
+
+    s, CPU s      of a step; by the clock (median), and of all cores (mean): user + system
+    wall, CPU     time(n) / (n * time(1)) of both; below 1: one device alone left caches or cores unused. CPU time
+                  hardly depends on what else the machine does
+    unused        share of the cores' time in which the step did not run: it waited, or others had them
+    collectives   operations that send, in a step, and MiB that a device receives by kind
+    MiB           memory of a device
+
+The last two are read from the compiled program, and are those of any machine with that mesh, but for what its compiler
+does otherwise. System time of two processes is that of gloo, the library between processes of CPUs: its thread polls
+the socket while data are on their way, for as long as other programs keep the cores from whoever should read them.
 """
 
 import argparse
+import ast
+import importlib
 import json
 import os
 import pathlib
+import resource
 import socket
 import statistics
 import subprocess
@@ -23,72 +36,70 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = "--xla_force_host_platform_device_count={} --xla_cpu_collective_call_terminate_timeout_seconds=600"
+PIXELS = ("time", "height", "width")  # axes of a mesh that split the pixels, in their order
 
 
-def load(path):
-    """``configs/quickstart.py[:argument]``."""
-    import importlib
-
-    file, _, argument = path.partition(":")
+def load(options):
+    """The config of ``configs/quickstart.py[:argument]`` with the changes that were asked for."""
+    file, _, argument = options.config.partition(":")
     name = ".".join(pathlib.Path(file).resolve().relative_to(ROOT).with_suffix("").parts)
-    return importlib.import_module(name).get_config(*filter(None, [argument]))
+    config = importlib.import_module(name).get_config(*filter(None, [argument]))
+    for change in options.set:
+        field, _, value = change.partition("=")
+        *places, last = field.split(".")
+        part = config
+        for place in places:
+            part = part[place]
+        part.update({last: ast.literal_eval(value)})
+    return config
+
+
+def on_mesh(config, options, devices):
+    """The config of so many devices, and the shape of its batch."""
+    name = options.stream or next(iter(config.data.streams))
+    stream = config.data.streams[name]
+    batch, clip = options.batch, [options.frames or stream.frames, *(options.size or stream.resolutions[0])]
+    if options.axis in PIXELS:
+        clip[PIXELS.index(options.axis)] *= devices
+        config.mesh.update({"data": 1, "fsdp": 1, "context": devices, "split": options.axis})
+    else:
+        batch *= devices
+        config.mesh.update({"data": 1, "fsdp": 1, "context": 1, options.axis: devices})
+    stream.update({"frames": clip[0], "resolutions": (tuple(clip[1:]),), "batch_size": batch})
+    config.data.streams = {name: stream}
+    config.precision, config.accumulate = "float32", 1
+    return config, (batch, *clip, 3)
 
 
 def measure(options):
     """One process's share of one row of the table; runs in a process of its own."""
-    sys.path.insert(0, str(ROOT))
+    sys.path.append(str(ROOT))
     import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from tokenizers.parallel import mesh as meshes
-    from tokenizers.parallel import multihost, platform, traffic
-    from tokenizers.train import build, dryrun
-    from tokenizers.train.config import to_dict
-    from tokenizers.train.step import make_step
+    from training import Step
+    from vistok.parallel import multihost, traffic
 
     joined = {"coordinator": options.coordinator, "processes": options.processes, "process": options.process}
     multihost.initialize(joined | {"mode": "manual" if options.processes > 1 else "off"})
-    config = load(options.config)
-    config.precision = "float32"
-    config = dryrun.compilable(to_dict(config))
-    streams = config["data"]["streams"]
-    name = options.stream or next(iter(streams))
-    stream = streams[name] | {"batch_size": options.batch * jax.device_count()}
-    config["data"]["streams"] = {name: stream}
-    mesh = meshes.make_mesh(**{"data": 1, "fsdp": 1, options.axis: jax.device_count()})
-    with jax.set_mesh(mesh):
-        recipe = build.recipe(config)
-        state = build.initial_state(config, recipe, mesh)
-        networks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), dict(recipe.networks))
-        networks = jax.device_put(networks, meshes.replicated(mesh))
-        shape = (stream["batch_size"], stream["frames"], *stream["resolutions"][0], 3)
-        count, rng = meshes.batch_share(mesh)[1], np.random.default_rng(0)
-        inputs = {
-            key: meshes.global_batch(
-                mesh, rng.integers(0, 200, (leaf.shape[0] // count, *leaf.shape[1:])).astype(leaf.dtype)
-            )
-            for key, leaf in recipe.inputs_of(shape).items()
-        }
-        last = recipe.at(config["steps"])
-        program = platform.jit(make_step(last), donate_argnums=0, out_shardings=build.out_shardings(state, mesh))
-        compiled = program.lower(state, networks, inputs).compile()
-        seconds, cpu = [], []
-        for _ in range(options.steps + 1):
-            began, used = time.perf_counter(), time.process_time()
-            state, metrics = compiled(state, networks, inputs)
-            jax.block_until_ready((state, metrics))
-            seconds.append(time.perf_counter() - began)
-            cpu.append(time.process_time() - used)
-    found = traffic.transfers(compiled)
+    config, shape = on_mesh(load(options), options, jax.device_count())
+    step = Step(config, lambda _: shape)
+    jax.block_until_ready(step())  # sets up
+    seconds, before = [], resource.getrusage(resource.RUSAGE_SELF)
+    for _ in range(options.steps):
+        began = time.perf_counter()
+        jax.block_until_ready(step())
+        seconds.append(time.perf_counter() - began)
+    after, found = resource.getrusage(resource.RUSAGE_SELF), traffic.transfers(step.program)
     return {
         "processes": options.processes,
         "devices": jax.device_count(),
         "shape": shape,
-        "seconds": statistics.median(seconds[1:]),  # the first one sets up
-        "cpu_seconds": statistics.median(cpu[1:]),
+        "seconds": statistics.median(seconds),
+        "mean_seconds": statistics.mean(seconds),
+        "user": (after.ru_utime - before.ru_utime) / options.steps,
+        "system": (after.ru_stime - before.ru_stime) / options.steps,
+        "collectives": sum(transfer.times for transfer in found),
         "sent": traffic.bytes_by_kind(found),
-        "peak": traffic.peak_bytes(compiled),
+        "peak": traffic.peak_bytes(step.program),
     }
 
 
@@ -108,22 +119,26 @@ def row(options, devices, processes=1):
     if any(process.returncode for process in started):
         sys.exit(f"{devices} devices in {processes} processes failed; see above.")
     parts = [json.loads(output.splitlines()[-1]) for output in outputs]
-    return parts[0] | {"cpu_seconds": sum(part["cpu_seconds"] for part in parts)}
+    return parts[0] | {name: sum(part[name] for part in parts) for name in ("user", "system")}
 
 
 HEADER = """\
-| devices | processes | batch | s per step | overhead | CPU overhead | sent per device and step, MiB | MiB per device |
-|---|---|---|---|---|---|---|---|"""
+| devices | processes | pixels | s | wall | CPU s | CPU | unused, % | collectives | MiB sent | MiB |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def report(found, one):
     """A line of the table; ``one`` is the first row."""
-    for name in ("seconds", "cpu_seconds"):
-        found[f"overhead_{name}"] = found[name] / (found["devices"] / one["devices"] * one[name])
+    work = found["devices"] / one["devices"]
+    found["cpu"] = found["user"] + found["system"]
+    found["wall_overhead"] = found["seconds"] / (work * one["seconds"])
+    found["cpu_overhead"] = found["cpu"] / (work * one["cpu"])
+    found["unused"] = 1 - found["cpu"] / (found["mean_seconds"] * len(os.sched_getaffinity(0)))
     sent = ", ".join(f"{kind} {size / 2**20:.2f}" for kind, size in sorted(found["sent"].items())) or "nothing"
     print(
-        f"| {found['devices']} | {found['processes']} | {found['shape'][0]} | {found['seconds']:.3f} "
-        f"| {found['overhead_seconds']:.2f} | {found['overhead_cpu_seconds']:.2f} | {sent} "
+        f"| {found['devices']} | {found['processes']} | {'x'.join(map(str, found['shape'][:-1]))} "
+        f"| {found['seconds']:.3f} | {found['wall_overhead']:.2f} | {found['user']:.3f} + {found['system']:.3f} "
+        f"| {found['cpu_overhead']:.2f} | {100 * found['unused']:.0f} | {found['collectives']} | {sent} "
         f"| {found['peak'] / 2**20:.1f} |",
         flush=True,
     )
@@ -132,12 +147,15 @@ def report(found, one):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.py", help="a file of configs/, with an :argument")
+    parser.add_argument("--set", nargs="+", default=[], help="fields of it to change: name=value, as Python writes it")
     parser.add_argument("--stream", default="", help="of its data; the first one, unless told")
+    parser.add_argument("--size", type=int, nargs=2, help="height and width of the pixels of a device")
+    parser.add_argument("--frames", type=int, help="of a clip")
     parser.add_argument("--batch", type=int, default=4, help="items per device")
-    parser.add_argument("--axis", choices=("data", "fsdp"), default="data", help="of the mesh, that grows")
+    parser.add_argument("--axis", choices=("data", "fsdp", *PIXELS), default="data", help="of the mesh, that grows")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--processes", type=int, default=2, help="of one device each, in the last row; 1: no such row")
-    parser.add_argument("--steps", type=int, default=5, help="timed; the median counts")
+    parser.add_argument("--steps", type=int, default=5, help="timed")
     parser.add_argument("--json", type=pathlib.Path, help="write the results there too")
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--coordinator", help=argparse.SUPPRESS)

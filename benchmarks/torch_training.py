@@ -9,12 +9,7 @@ import copy
 import importlib
 
 import jax
-import numpy as np
-from vistok.parallel import mesh as meshes
-from vistok.parallel import platform
-from vistok.train import build, dryrun
-from vistok.train.config import to_dict
-from vistok.train.step import make_step
+from training import Step
 
 # The config of our recipe, by case.
 RECIPES = {"kl-f8": "kl_f8", "vqgan": "vqgan_imagenet_f16_1024"}
@@ -97,22 +92,4 @@ def ours(name, pixels, dtype):
     config.accumulate = 1
     config.discriminator.update({"start": 0, "generator_start": 0, "fresh_forward": False})
     config.precision = dtype
-    config = dryrun.compilable(to_dict(config))
-    mesh = meshes.from_config(config["mesh"])
-    with jax.set_mesh(mesh):
-        recipe = build.recipe(config)
-        state = build.initial_state(config, recipe, mesh)
-        inputs = {"pixels": jax.numpy.asarray(np.asarray(pixels))}
-        step = jax.jit(
-            make_step(recipe.at(config["steps"])),
-            donate_argnums=0,
-            compiler_options=platform.compiler_options(),
-        )
-        program = step.lower(state, dict(recipe.networks), inputs).compile()
-    holder = [state]
-
-    def run():
-        holder[0], metrics = program(holder[0], dict(recipe.networks), inputs)
-        return metrics
-
-    return run
+    return Step(config, lambda _: pixels.shape, pixels)
