@@ -29,7 +29,6 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 @pytest.fixture
 def one_device(monkeypatch):
     """Meshes of configs have the first of the eight devices alone."""
-    from tokenizers.parallel import mesh as meshes
+    import toys
 
-    make = meshes.make_mesh
-    monkeypatch.setattr(meshes, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1]))
+    toys.use_one_device(monkeypatch)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import refweights
 import safetensors.numpy
+import toys
 from official_training import drawn, remembered
 from reference import FOLDERS, Case, cases, relative_l2
 
@@ -201,21 +202,9 @@ def test_images_and_clips_have_the_documented_shapes():
 # ----------------------------------------------------------------------------------------------- streaming, one image
 
 
-TINY = {
-    "bottleneck": {"name": "fsq", "levels": (8, 5, 5)},
-    "latent_channels": 3,
-    "compression": (8, 8),
-    "channels": 8,
-    "encoder_multipliers": (1, 2, 2),
-    "decoder_multipliers": (1, 2, 2),
-    "blocks": 1,
-    "z_channels": 8,
-}
-
-
 def tiny(**fields):
     """A small model in whose weights nothing is zero."""
-    tok = tokenizers.create("cosmos", **TINY | fields)
+    tok = tokenizers.create("cosmos", **toys.COSMOS | fields)
     leaves, tree = jax.tree.flatten(tok.variables)
     moved = [leaf + 0.1 * refweights.uniform(f"leaf{i}", leaf.shape) for i, leaf in enumerate(leaves)]
     return dataclasses.replace(tok, variables=jax.tree.unflatten(tree, moved))
@@ -378,10 +367,10 @@ def test_strict_about_tensors():
 
 
 def test_a_saved_file_loads_by_name(tmp_path):
-    tok = tokenizers.create("cosmos", **TINY)
+    tok = tokenizers.create("cosmos", **toys.COSMOS)
     state = engine.to_official(cosmos.TABLE, jax.device_get(dict(tok.variables)))
     safetensors.numpy.save_file(state, tmp_path / "weights.safetensors")
-    loaded = tokenizers.load(tmp_path / "weights.safetensors", model="cosmos", **TINY)
+    loaded = tokenizers.load(tmp_path / "weights.safetensors", model="cosmos", **toys.COSMOS)
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, tok.variables)
 
 
@@ -410,7 +399,7 @@ def test_configs_that_no_model_fits_are_refused(changes, message):
 
 def test_images_and_clips_do_not_mix():
     with pytest.raises(ValueError, match="images and clips do not mix"):
-        tokenizers.create("cosmos", **TINY, network="image", decoder_network="factorized")
+        tokenizers.create("cosmos", **toys.COSMOS, network="image", decoder_network="factorized")
 
 
 def test_one_release_has_norms_of_one_group_that_its_config_does_not_tell():

@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+import toys
 from jax.sharding import PartitionSpec
 
 from tokenizers import api, registry
@@ -29,16 +30,7 @@ VIDTOK = {"bottleneck": FSQ, "latent_channels": 3, "channels": 4, "multipliers":
 VIDTOK |= {"space_down": (0, 1), "space_up": (1, 2), "time_down": (0, 1), "time_up": (1, 2)}
 FIELDS = {
     "causal3d": {"bottleneck": FSQ, "latent_channels": 3, "channels": (8, 16), "patch": 2, "space_down": (True, False)},
-    "cosmos": {
-        "bottleneck": FSQ,
-        "latent_channels": 3,
-        "compression": (8, 8),
-        "channels": 8,
-        "encoder_multipliers": (1, 2, 2),
-        "decoder_multipliers": (1, 2, 2),
-        "blocks": 1,
-        "z_channels": 8,
-    },
+    "cosmos": toys.COSMOS,
     "cvivit": {
         "bottleneck": LFQ | {"bit_order": "big", "entropy": "clamped"},
         "latent_channels": 6,

@@ -49,23 +49,12 @@ def config(latents, **changes):
     return made
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    from tokenizers.parallel import mesh as meshes
-
-    make = meshes.make_mesh
-    monkeypatch.setattr(meshes, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1]))
-
-
 @pytest.fixture(scope="module")
 def finished(latents, tmp_path_factory):
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        from tokenizers.parallel import mesh as meshes
-
-        make = meshes.make_mesh
-        patch.setattr(meshes, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1]))
+        toys.use_one_device(patch)
         assert loop.run(config(latents), folder)
     return folder
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import tokenizers
 from tokenizers import registry
 from tokenizers.nn.resample import depth_to_space, space_to_depth
+from tokenizers.parallel import mesh as meshes
 from tokenizers.quantize.fsq import FSQ
 from tokenizers.quantize.gaussian import DiagonalGaussian
 from tokenizers.types import Spec
@@ -23,6 +24,24 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CAUSAL = {"channels": (8,), "patch": 2, "space_down": (True,), "time_down": (True,)}
 DISCRETE = {"bottleneck": {"name": "fsq", "levels": (5, 5, 5)}, "latent_channels": 3}
 CONTINUOUS = {"bottleneck": {"name": "gaussian"}, "latent_channels": 2}
+
+# Cosmos with all its parts.
+COSMOS = {
+    "bottleneck": {"name": "fsq", "levels": (8, 5, 5)},
+    "latent_channels": 3,
+    "compression": (8, 8),
+    "channels": 8,
+    "encoder_multipliers": (1, 2, 2),
+    "decoder_multipliers": (1, 2, 2),
+    "blocks": 1,
+    "z_channels": 8,
+}
+
+
+def use_one_device(patch):
+    """Meshes of configs have the first device alone, while the `pytest.MonkeyPatch` lasts."""
+    make = meshes.make_mesh
+    patch.setattr(meshes, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1]))
 
 
 class PatchImage(nn.Module):
