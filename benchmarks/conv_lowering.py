@@ -1,8 +1,9 @@
-"""Times XLA's own 3D convolution against the lowering that `tokenizers.nn.conv` picks, interleaved.
+"""Times XLA's own convolution against the lowering that `tokenizers.nn.conv` picks, interleaved.
 
     python benchmarks/conv_lowering.py [--rounds 5] [--small]
 
-Prints process CPU time (other jobs on the machine change it least), the minimum over rounds, and native / picked.
+Prints milliseconds, the minimum over rounds, and native / picked: of the forward pass, of the gradient of the kernel
+alone, and of forward and backward pass.
 """
 
 import argparse
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from tokenizers.nn.conv import convolve  # noqa: E402
+from tokenizers.parallel import platform  # noqa: E402
 
-# Kernel (time, height, width), channels in and out, input (frames, height, width).
+# Kernel ([time,] height, width), channels in and out, input ([frames,] height, width).
 CASES = [
     ((1, 3, 3), 128, 128, (5, 64, 64)),
     ((1, 3, 3), 512, 512, (5, 16, 16)),
@@ -29,27 +31,36 @@ CASES = [
     ((3, 3, 3), 128, 128, (5, 64, 64)),
     ((3, 3, 3), 512, 512, (5, 16, 16)),
     ((3, 3, 3), 128, 3, (5, 64, 64)),
+    ((3, 3), 128, 128, (128, 128)),
+    ((3, 3), 256, 256, (64, 64)),
+    ((3, 3), 512, 512, (16, 16)),
+    ((4, 4), 64, 128, (64, 64)),
 ]
+PASSES = ("forward", "kernel", "both")
 
 
-def programs(kernel_size, gradient):
-    pads = ((kernel_size[0] - 1, 0), *((size // 2, size // 2) for size in kernel_size[1:]))
+def programs(kernel_size, part):
+    *time, _, _ = kernel_size
+    pads = (*((size - 1, 0) for size in time), *((size // 2, size // 2) for size in kernel_size[-2:]))
 
     def forward(x, kernel, lowering):
         return convolve(x, kernel, padding=pads, lowering=lowering)
 
-    def forward_and_backward(x, kernel, lowering):
+    def of_kernel(x, kernel, lowering):
+        return jax.grad(lambda kernel: forward(x, kernel, lowering).sum())(kernel)
+
+    def both(x, kernel, lowering):
         y, pull = jax.vjp(functools.partial(forward, lowering=lowering), x, kernel)
         return y, pull(y)
 
-    function = forward_and_backward if gradient else forward
-    return {name: jax.jit(functools.partial(function, lowering=name)) for name in ("native", "auto")}
+    function = {"forward": forward, "kernel": of_kernel, "both": both}[part]
+    return {name: platform.jit(functools.partial(function, lowering=name)) for name in ("native", "auto")}
 
 
 def milliseconds(run, *args):
-    start = time.process_time()
+    start = time.perf_counter()
     jax.block_until_ready(run(*args))
-    return 1e3 * (time.process_time() - start)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def main():
@@ -57,21 +68,21 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="a quarter of the height and width")
     options = parser.parse_args()
-    print(f"platform {jax.default_backend()}, CPU ms, minimum of {options.rounds} interleaved rounds")
+    print(f"platform {jax.default_backend()}, ms, minimum of {options.rounds} interleaved rounds")
     print(f"{'kernel':>8} {'in':>4} {'out':>4} {'pass':>8} {'native':>9} {'picked':>9} {'ratio':>6}")
-    for kernel_size, inputs, outputs, (t, h, w) in CASES:
+    for kernel_size, inputs, outputs, (*t, h, w) in CASES:
         shrink = 4 if options.small else 1
-        x = jnp.ones((1, t, h // shrink, w // shrink, inputs))
+        x = jnp.ones((1, *t, h // shrink, w // shrink, inputs))
         kernel = jnp.ones((*kernel_size, inputs, outputs))
-        for gradient in (False, True):
-            runs = programs(kernel_size, gradient)
+        for label in PASSES:
+            runs = programs(kernel_size, label)
             best = {name: float("inf") for name in runs}
             for run in runs.values():
                 jax.block_until_ready(run(x, kernel))
             for _ in range(options.rounds):
                 for name, run in runs.items():
                     best[name] = min(best[name], milliseconds(run, x, kernel))
-            size, label = "x".join(map(str, kernel_size)), "fwd+bwd" if gradient else "fwd"
+            size = "x".join(map(str, kernel_size))
             ratio = best["native"] / max(best["auto"], 1e-6)
             print(
                 f"{size:>8} {inputs:>4} {outputs:>4} {label:>8} {best['native']:9.1f} {best['auto']:9.1f} {ratio:6.2f}"

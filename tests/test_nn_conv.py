@@ -93,6 +93,42 @@ def test_lowerings_agree_for_any_geometry(geometry):
 
 
 @pytest.mark.parametrize(
+    ("shape", "size", "geometry"),
+    [
+        ((1, 11, 6), (3, 3), {}),
+        ((3, 9, 7), (4, 4), {"strides": 2, "padding": ((1, 2), (0, 1))}),
+        ((1, 2, 40), (3, 1), {"padding": ((2, 0), (0, 0))}),  # bands of the width
+        ((2, 12, 5), (3, 3), {"dilation": 2}),
+    ],
+)
+def test_derivatives_of_small_batches_are_those_of_the_native_convolution(shape, size, geometry):
+    """The gradient of a kernel is computed in another way; forward mode and second derivatives go through it too."""
+    x, kernel = normal(0, *shape, 4), normal(1, *size, 4, 3) / 6
+
+    @functools.partial(jax.jit, static_argnames="lowering")
+    def run(x, kernel, lowering):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(convolve(x, kernel, lowering=lowering, **geometry)))
+
+        slopes = jax.grad(loss, argnums=(0, 1))
+        return slopes(x, kernel), jax.jvp(slopes, (x, kernel), (jnp.cos(x), jnp.cos(kernel)))[1]
+
+    chex.assert_trees_all_close(run(x, kernel, "auto"), run(x, kernel, "native"), **CLOSE)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_gradients_of_kernels_see_eight_pictures_or_more(batch, monkeypatch):
+    """XLA's are slow with fewer. Nothing else is cut into bands."""
+    seen, native = [], lowering.native
+    monkeypatch.setattr(lowering, "native", lambda x, *args, **kw: seen.append(len(x)) or native(x, *args, **kw))
+    x, kernel = jnp.ones((batch, 17, 7, 5)), jnp.ones((3, 3, 5, 7))
+    jax.eval_shape(lambda x, kernel: jax.grad(lambda x: convolve(x, kernel).sum())(x), x, kernel)
+    assert set(seen) == {batch}
+    jax.eval_shape(lambda x, kernel: jax.grad(lambda kernel: convolve(x, kernel).sum())(kernel), x, kernel)
+    assert max(seen) in (8, 9)
+
+
+@pytest.mark.parametrize(
     ("size", "repeats", "padding"),
     [
         ((3, 3, 8, 9), (2, 2), "SAME"),

@@ -50,9 +50,9 @@ def convolve(
       groups: feature groups.
       repeats: nearest upsampling of ``x`` before it is padded and convolved, one number or one per spatial axis.
       lowering: ``"auto"`` rewrites 3D convolutions as 2D ones, and those of a repeated input as smaller ones, when
-        compiled for a CPU, where XLA's own is 1.5 to 3 times slower (`benchmarks/conv_lowering.py`), and uses XLA's
-        own elsewhere; ``"native"`` is always XLA's own, one convolution in the program (exports for several platforms,
-        tests that count collectives).
+        compiled for a CPU, where XLA's own is 1.5 to 3 times slower (`benchmarks/conv_lowering.py`), as are its
+        gradients of kernels for fewer than eight pictures; elsewhere it is XLA's own. ``"native"`` is always XLA's own,
+        one convolution in the program (exports for several platforms, tests that count collectives).
 
     Returns:
       ``(B, [T',] H', W', D)`` in the dtype of ``x``.
@@ -77,7 +77,7 @@ def convolve(
 )
 def _convolve(x, kernel, *, strides, pads, dilation, groups, repeats, lowering):
     geometry = {"strides": strides, "pads": pads, "dilation": dilation}
-    rewritten = lowerings.for_cpu(kernel.shape, strides, groups)
+    rewritten = lowerings.for_cpu(kernel.shape, strides, groups, x.shape[0])
     folded = max(repeats) > 1 and lowerings.folds(repeats, kernel.shape[:-2], **geometry, groups=groups)
 
     def native(x, kernel):
@@ -85,12 +85,13 @@ def _convolve(x, kernel, *, strides, pads, dilation, groups, repeats, lowering):
 
     def for_cpu(x, kernel):
         if folded:
-            return lowerings.of_repeated(rewritten or lowerings.native, x, kernel, repeats=repeats, **geometry)
+            small = rewritten or lowerings.native
+            return lowerings.of_repeated(x, kernel, convolve=small, repeats=repeats, **geometry)
         return rewritten(lowerings.repeat(x, repeats), kernel, **geometry)
 
     if lowering == "native" or not (rewritten or folded):
         return native(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=functools.partial(lowerings.in_float32, for_cpu), default=native)
+    return jax.lax.platform_dependent(x, kernel, cpu=for_cpu, default=native)
 
 
 # ------------------------------------------------------------------------------------------------------------ padding

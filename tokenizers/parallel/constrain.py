@@ -48,6 +48,11 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), tree)
 
 
+def divided() -> bool:
+    """Whether more than one device is at work (the mesh in force)."""
+    return jax.sharding.get_abstract_mesh().size > 1
+
+
 def splits(name: str) -> bool:
     """Whether the mesh in force splits that activation axis (``time``, ``height``, ``width``)."""
     mesh = jax.sharding.get_abstract_mesh()
