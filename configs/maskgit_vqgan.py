@@ -43,17 +43,21 @@ def get_config(arg=None):
     config.data = base.data(source="images", path="data/imagenet/train", held_out="0.001")
     config.data.streams["image"] = base.stream(batch_size=256, resolutions=((256, 256),))
     config.evaluation.every = config.checkpoint.every = 10_000
-    if arg == "smoke":  # seconds, on the embedded photographs and without the weights of LPIPS
-        config.steps = 4
-        config.loss.perceptual = None
+    if arg == "smoke":  # two minutes, on the embedded photographs and without the weights of LPIPS
+        config.steps = 300
+        config.ema_decay = 0.9
         config.model.bottleneck.update({"codebook_size": 64, "code_dim": 8})
-        config.model.update({"latent_channels": 8, "widths": (32, 32), "blocks": 1})
-        config.discriminator.channels = 4
-        config.data.update({"source": "embedded", "path": "", "held_out": "0.1"})
-        config.data.streams.image.update({"batch_size": 8, "resolutions": ((16, 16),)})
-        config.log.every = 1
-        config.evaluation.update({"every": 2, "max_items": 4})
-        config.checkpoint.every = 2
+        config.model.update({"latent_channels": 8, "widths": (32, 32, 32), "blocks": 1})
+        config.optimizer = base.optimizer(lr=2e-3, warmup=10, schedule="cosine", end=0.1)
+        config.loss.perceptual = None
+        config.loss.reconstruction_weight = 4.0
+        config.loss.bottleneck.update({"entropy_sample": 0.02, "entropy_codebook": -0.02})
+        config.discriminator.update({"channels": 4, "start": 290, "generator_start": 295, "weight": 0.02})
+        config.data.update({"source": "embedded", "path": "", "held_out": "0.1", "zoom": (1.0, 4.0)})
+        config.data.streams.image.update({"batch_size": 16, "resolutions": ((32, 32),)})
+        config.log.every = 10
+        config.evaluation.update({"every": 50, "max_items": 10})
+        config.checkpoint.every = 300
     elif arg is not None:
         raise ValueError(f"unknown argument {arg!r} of configs/maskgit_vqgan.py. Accepted: smoke.")
     return config

@@ -12,11 +12,22 @@ releases differ in their name alone:
     --config=configs/titok_l32_stage1.py:b64     base transformers, 64 tokens
     --config=configs/titok_l32_stage1.py:s128    small transformers, 128 tokens (its loss ends near 3.0)
 
-``smoke`` shows that it runs: minutes on a CPU, on the embedded photographs, with the tokens of a small VQGAN of random
-weights. Its cross entropy falls; held-out pictures, decoded by those random weights, are noise until the second stage.
+Another VQGAN, say of other data, is a run of configs/maskgit_vqgan.py or a folder of `Tokenizer.save`, given twice;
+where its sizes are not the published ones, config.model.proxy has them:
+
+    --config.loss.tokens.path=<run> --config.init_parts.pixels.path=<run>
+
+``smoke`` takes minutes on a CPU, on the embedded photographs, with the tokens of a small VQGAN. Train that first, since
+through its decoder held-out pictures are seen; without the two paths its weights are random, and pictures are noise
+until the second stage, though the cross entropy falls.
+
+    python train.py --config=configs/maskgit_vqgan.py:smoke --workdir=runs/vqgan
+    python train.py --config=configs/titok_l32_stage1.py:smoke --workdir=runs/first \\
+        --config.loss.tokens.path=runs/vqgan --config.init_parts.pixels.path=runs/vqgan
+    python train.py --config=configs/titok_l32_stage2.py:smoke --config.init_from=runs/first
 """
 
-from configs import base
+from configs import base, maskgit_vqgan
 
 # Embeddings are not among the matrices that decay.
 UNDECAYED = ("encode_tokens/patches/kernel", "decode_tokens/embed/kernel")
@@ -24,17 +35,21 @@ ARGUMENTS = ("b64", "s128", "smoke")
 
 
 def smoke(config):
-    """Small sizes, which both stages share; the VQGAN is a small one too, of random weights."""
+    """Small sizes, which both stages share; the VQGAN is that of its own smoke run, which is returned."""
+    vqgan = maskgit_vqgan.get_config("smoke").model
+    codes, widths = vqgan.bottleneck, tuple(vqgan.widths)
     config.ema_decay = 0.9
     config.model.bottleneck.update({"codebook_size": 256, "code_dim": 8})
-    config.model.update({"latent_channels": 8, "tokens": 16, "input_size": (32, 32), "patch": 8, "remat": False})
-    config.model.update({"encoder": (64, 2, 2), "decoder": (64, 2, 2), "proxy": (64, 16, (32, 32, 32, 32), 1)})
+    config.model.update({"latent_channels": 8, "tokens": 32, "input_size": (32, 32), "remat": False})
+    config.model.update({"encoder": (64, 2, 2), "decoder": (64, 2, 2), "patch": 2 ** (len(widths) - 1)})
+    config.model.proxy = (codes.codebook_size, codes.code_dim, widths, vqgan.blocks)
     config.optimizer.update({"lr": 1e-3, "warmup": 20})
     config.data.update({"source": "embedded", "path": "", "held_out": "0.1", "zoom": (1.0, 4.0)})
     config.data.streams.image.update({"batch_size": 16, "resolutions": ((32, 32),)})
     config.log.every = 10
     config.evaluation.update({"every": 100, "max_items": 10, "final_report": False})
     config.checkpoint.every = 0
+    return vqgan
 
 
 def get_config(arg=None):
@@ -75,17 +90,9 @@ def get_config(arg=None):
     config.evaluation.every = config.checkpoint.every = 10_000
     if arg == "smoke":
         config.steps = 300
-        smoke(config)
-        random_vqgan = {
-            "name": "maskgit_vqgan",
-            "bottleneck": {"name": "vq", "codebook_size": 64, "code_dim": 16},
-            "latent_channels": 16,
-            "widths": (32, 32, 32, 32),
-            "blocks": 1,
-        }
-        config.loss.tokens.model.update(random_vqgan)
-        config.loss.tokens.path = "random"
-        config.init_parts.pixels.model.unlock()
-        config.init_parts.pixels.model.update(random_vqgan)
-        config.init_parts.pixels.path = "random"
+        vqgan = smoke(config)
+        for part in (config.loss.tokens, config.init_parts.pixels):
+            part.model.unlock()
+            part.model.update(vqgan.to_dict())
+            part.path = "random"
     return config

@@ -16,7 +16,7 @@ import titok_training as training
 from reference import Case, cases, relative_l2
 
 import tokenizers
-from configs import base, titok_l32_stage1, titok_l32_stage2
+from configs import base, maskgit_vqgan, titok_l32_stage1, titok_l32_stage2
 from tokenizers import api, registry
 from tokenizers.convert import engine
 from tokenizers.convert import titok as conversion
@@ -34,10 +34,12 @@ from tokenizers.train import build, loop, objective, optim
 OUTPUT, LOSS = 3e-5, 1e-5
 
 
-@functools.lru_cache(maxsize=2)  # released sizes have 400 million parameters
-def converted(name):
+def loaded(name):  # released sizes have up to 640 million parameters, and are used once
     case = Case("titok", name)
     return case, tokenizers.from_official("titok", case.meta["config"], case.weights())
+
+
+converted = functools.lru_cache(maxsize=2)(loaded)
 
 
 def drawn(case, key):
@@ -76,7 +78,7 @@ def _slow_if_full(name):
 
 @pytest.mark.parametrize("name", [_slow_if_full(n) for n in cases("titok", "(tiny_(vq|vae|tatitok)|full)_.*")])
 def test_latents_tokens_and_pixels_are_the_official_ones(name):
-    case, tok = converted(name)
+    case, tok = loaded(name) if name.startswith("full") else converted(name)
     expected, module, variables = case.outputs, tok.module, tok.variables
     pixels, text = drawn(case, "image"), drawn(case, "text")
     latent = module.apply(variables, pixels, method="prequantized")
@@ -599,22 +601,32 @@ def test_official_weights_for_512_pixels_are_taken():
     assert tok.reconstruct(pixels).shape == pixels.shape
 
 
-@pytest.mark.slow  # two runs
+@pytest.mark.slow  # three runs
 def test_the_first_stage_guesses_tokens_and_the_second_starts_from_it(tmp_path):
-    """Small smoke runs of both stages: what is frozen keeps its bits, in the run's weights and in their average."""
+    """Small smoke runs, from the VQGAN on: what is frozen keeps its bits, in the run's weights and in their average."""
+    teacher = maskgit_vqgan.get_config("smoke")
     first = titok_l32_stage1.get_config("smoke")
     second = titok_l32_stage2.get_config("smoke")
-    for config in (first, second):
+    for config in (teacher, first, second):
         config.steps = 2
         config.log.every = 1
         config.log.tensorboard = False
         config.data.streams.image.batch_size = 8
+        config.evaluation.update({"every": 0, "max_items": 2, "final_report": False})
+    for config in (first, second):
         config.model.update({"encoder": (16, 1, 2), "decoder": (16, 1, 2), "tokens": 4})
-        config.evaluation.update({"every": 0, "max_items": 2})
+    assert loop.run(teacher, tmp_path / "teacher")
+    vqgan = tokenizers.load(tmp_path / "teacher")
+    vqgan.save(tmp_path / "saved")
+    first.loss.tokens.path, first.init_parts.pixels.path = str(tmp_path / "teacher"), str(tmp_path / "saved")
     assert loop.run(first, tmp_path / "first")
     start = tokenizers.load(tmp_path / "first")
-    vqgan = objective.another(first.init_parts.pixels.to_dict(), "part")
     chex.assert_trees_all_equal(start.params["to_pixels"]["pixels"], vqgan.params["decoder"])
+    chex.assert_trees_all_equal(start.params["to_pixels"]["codebook"], vqgan.params["bottleneck"]["codebook"])
+    taught = objective.build(first.loss.to_dict())
+    chex.assert_trees_all_equal(taught.frozen[objective.TOKENS]["params"], vqgan.params)
+    with pytest.raises(ValueError, match="has 64 tokens, the model guesses among 65.*config.model.proxy"):
+        taught.terms[0].function(jnp.zeros((1, 1, 8, 8, 65)), jnp.zeros((1, 1, 32, 32, 3)), taught.frozen)
     metrics = json.loads((tmp_path / "first" / "metrics.jsonl").read_text().splitlines()[0])
     assert 0 < metrics["loss/tokens"] < 10
     assert 0 <= metrics["token_accuracy"] <= 1

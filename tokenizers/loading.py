@@ -75,6 +75,11 @@ def is_run(path: pathlib.Path) -> bool:
     return (path / RUN_CONFIG).is_file() and _published_weights(path) is None
 
 
+def knows_its_model(path: pathlib.Path) -> bool:
+    """Whether that is a run of train.py or a folder of `Tokenizer.save`; weight files have to be told theirs."""
+    return is_run(path) or (path / SAVED_CONFIG).is_file()
+
+
 _PUBLISHED = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 
 

@@ -287,16 +287,23 @@ def _of_tokens(config: Mapping) -> Objective:
             f"{pixel_terms or ['alignment', 'consistency']}."
         )
     tokenizer = another(config["tokens"], "config.loss.tokens")
+    codes = tokenizer.module.spec.codebook_size
 
     def of(target: jax.Array, variables) -> jax.Array:  # (b t h w c) -> (b t h' w')
         images = target.reshape(-1, *target.shape[2:])
         found = tokenizer.module.apply(variables, images, method="encode").indices
         return jax.lax.stop_gradient(found.reshape(*target.shape[:2], *found.shape[1:]))
 
+    def missed(guess: jax.Array, target: jax.Array, variables) -> jax.Array:
+        if guess.shape[-1] != codes:
+            raise ValueError(
+                f"the tokenizer of config.loss.tokens has {codes} tokens, the model guesses among {guess.shape[-1]}; "
+                "config.model.proxy says what that tokenizer is."
+            )
+        return tokens.cross_entropy(guess, of(target, variables))
+
     return Objective(
-        terms=(
-            Term(TOKENS, config["reconstruction_weight"], lambda p, t, v: tokens.cross_entropy(p, of(t, v)), TOKENS),
-        ),
+        terms=(Term(TOKENS, config["reconstruction_weight"], missed, TOKENS),),
         reduction=mean_reduction,
         bottleneck=dict(config["bottleneck"]),
         frozen={TOKENS: tokenizer.variables},
@@ -313,9 +320,9 @@ def another(config: Mapping, where: str) -> api.Tokenizer:
     """A frozen tokenizer beside the one that is trained.
 
     Args:
-      config: ``model`` (its name and fields) and ``path``: its run, saved folder or weight file; "" looks for a
-        published file in ``$TOKENIZERS_WEIGHTS``; "random" has random weights, which teach nothing but show that a
-        recipe runs.
+      config: ``model`` (its name and fields) and ``path``: its run or saved folder, which know their model themselves,
+        or a weight file; "" looks for a published file in ``$TOKENIZERS_WEIGHTS``; "random" has random weights, which
+        teach nothing but show that a recipe runs.
       where: the config's name, for errors.
     """
     fields, path = dict(config["model"]), config["path"]
@@ -326,7 +333,7 @@ def another(config: Mapping, where: str) -> api.Tokenizer:
     if not path and system not in weights.PUBLISHED:
         raise ValueError(f"{where}.path must say where the weights of {name!r} are; it is empty.")
     path = pathlib.Path(path).expanduser() if path else weights.find(system)
-    if loading.is_run(path):
+    if loading.knows_its_model(path):
         return loading.load(path)
     return loading.load(weights.find(system, path) if system in weights.PUBLISHED else path, model=name, **fields)
 
