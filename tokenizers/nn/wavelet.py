@@ -7,9 +7,12 @@ Sub-bands are the slow part of the new channels and the last level is the slowes
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..errors import unknown
 from .conv import starts_clip
@@ -20,7 +23,7 @@ Array = jax.Array
 SCALES = ("orthonormal", "average")
 ODD = ("error", "reflect")
 
-# The order of the sub-bands: the axes of one block, slowest first.
+# The order of the sub-bands: the axes of their frequencies, slowest first.
 _BAND_ORDER = {2: (1, 0), 3: (0, 1, 2)}
 
 
@@ -66,8 +69,10 @@ def inverse_haar_3d(x: Array, *, levels: int = 1, scale: str = "orthonormal", fi
 
 
 def _forward(x: Array, rank: int, levels: int, scale: str, odd: str) -> Array:
-    factor = 2.0 ** (-rank / 2) if _checked("Haar scale", scale, SCALES) == "orthonormal" else 2.0**-rank
+    _checked("Haar scale", scale, SCALES)
     _checked("treatment of odd sizes", odd, ODD)
+    if not any(size % 2**levels for size in x.shape[-1 - rank : -1]):
+        return _analysed(x, rank, levels, scale)
     for _ in range(levels):
         sizes = x.shape[-1 - rank : -1]
         if any(size % 2 for size in sizes):
@@ -75,55 +80,60 @@ def _forward(x: Array, rank: int, levels: int, scale: str, odd: str) -> Array:
                 raise ValueError(f"{levels} Haar levels need even sizes at every level; got {sizes} at one of them.")
             ends = tuple((0, size % 2) for size in sizes)
             x = jnp.pad(x, ((0, 0),) * (x.ndim - 1 - rank) + ends + ((0, 0),), mode="reflect")
-        x = _join_bands(_butterfly(_split_blocks(x, rank), rank), rank) * jnp.asarray(factor, x.dtype)
+        x = _analysed(x, rank, 1, scale)
     return x
 
 
 def _inverse(x: Array, rank: int, levels: int, scale: str) -> Array:
-    factor = 2.0 ** (-rank / 2) if _checked("Haar scale", scale, SCALES) == "orthonormal" else 1.0
+    _checked("Haar scale", scale, SCALES)
     if x.shape[-1] % 2 ** (rank * levels):
         raise ValueError(f"{levels} Haar levels need channels divisible by {2 ** (rank * levels)}; got {x.shape[-1]}.")
-    for _ in range(levels):
-        x = _join_blocks(_butterfly(_split_bands(x, rank), rank), rank) * jnp.asarray(factor, x.dtype)
-    return x
+    return _synthesized(x, rank, levels, scale)
 
 
-def _butterfly(x: Array, rank: int) -> Array:
-    """Sums and differences along the ``rank`` axes of size two before the channels; twice applied, 2^rank times x."""
-    for axis in range(x.ndim - 1 - rank, x.ndim - 1):
-        even, odd = (jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in (0, 1))
-        x = jnp.stack([even + odd, even - odd], axis)
-    return x
+# All levels are one matrix product over the elements of a block, whose columns stay on the axis of the width until
+# then. A TPU pads the last axis of an array to 128: with blocks cut out of the width its last axis would be the three
+# channels of a pixel, and one clip of 8 x 2160 x 3840 would take 47 GiB.
 
 
-def _split_blocks(x: Array, rank: int) -> Array:
-    """``(..., H, W, C)`` -> ``(..., H / 2, W / 2, 2, 2, C)``."""
+def _analysed(x: Array, rank: int, levels: int, scale: str) -> Array:
+    """``(..., H, W, C)`` -> ``(..., H / p, W / p, p^rank C)``, p = 2^levels, which divides the sizes."""
+    lead, sizes, channels = x.shape[: -1 - rank], x.shape[-1 - rank : -1], x.shape[-1]
+    n, side = len(lead), 2**levels
+    x = x.reshape(*lead, *(k for size in sizes[:-1] for k in (size // side, side)), sizes[-1], channels)
+    blocks, elements = range(n, n + 2 * rank - 2, 2), range(n + 1, n + 2 * rank - 2, 2)
+    x = x.transpose(*range(n), *blocks, n + 2 * rank - 2, *elements, n + 2 * rank - 1)
+    matrix = _matrix(rank, levels, channels, 2.0 ** (-rank / 2) if scale == "orthonormal" else 2.0**-rank)
+    x = x.reshape(*lead, *(size // side for size in sizes), matrix.shape[0])
+    return jnp.matmul(x, jnp.asarray(matrix, x.dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+def _synthesized(x: Array, rank: int, levels: int, scale: str) -> Array:
+    """``(..., H, W, p^rank C)`` -> ``(..., p H, p W, C)``, p = 2^levels."""
     lead, sizes = x.shape[: -1 - rank], x.shape[-1 - rank : -1]
-    n = len(lead)
-    x = x.reshape(*lead, *(k for size in sizes for k in (size // 2, 2)), x.shape[-1])
-    outer, inner = range(n, n + 2 * rank, 2), range(n + 1, n + 2 * rank, 2)
-    return x.transpose(*range(n), *outer, *inner, n + 2 * rank)
+    n, side, channels = len(lead), 2**levels, x.shape[-1] // 2 ** (rank * levels)
+    matrix = _matrix(rank, levels, channels, 2.0 ** (-rank / 2) if scale == "orthonormal" else 1.0)
+    x = jnp.matmul(x, jnp.asarray(matrix.T, x.dtype), precision=jax.lax.Precision.HIGHEST)
+    x = x.reshape(*lead, *sizes[:-1], sizes[-1] * side, *(side,) * (rank - 1), channels)
+    paired = [axis for i in range(rank - 1) for axis in (n + i, n + rank + i)]
+    x = x.transpose(*range(n), *paired, n + rank - 1, n + 2 * rank - 1)
+    return x.reshape(*lead, *(size * side for size in sizes), channels)
 
 
-def _join_blocks(x: Array, rank: int) -> Array:
-    n = x.ndim - 1 - 2 * rank
-    sizes = x.shape[n : n + rank]
-    paired = [axis for i in range(rank) for axis in (n + i, n + rank + i)]
-    return x.transpose(*range(n), *paired, x.ndim - 1).reshape(*x.shape[:n], *(2 * s for s in sizes), x.shape[-1])
-
-
-def _join_bands(x: Array, rank: int) -> Array:
-    """``(..., H, W, 2, 2, C)`` -> ``(..., H, W, 4 C)`` in the order of the sub-bands."""
-    n = x.ndim - 1 - rank
-    x = x.transpose(*range(n), *(n + axis for axis in _BAND_ORDER[rank]), x.ndim - 1)
-    return x.reshape(*x.shape[:n], -1)
-
-
-def _split_bands(x: Array, rank: int) -> Array:
-    n = x.ndim - 1
-    x = x.reshape(*x.shape[:-1], *(2,) * rank, -1)
-    # Both orders are their own inverse.
-    return x.transpose(*range(n), *(n + axis for axis in _BAND_ORDER[rank]), n + rank)
+@functools.cache
+def _matrix(rank: int, levels: int, channels: int, factor: float) -> np.ndarray:
+    """``(elements of a block, bands)``, each times the channels; elements column by column, a column row by row."""
+    sides = "abc"[:rank]
+    signs = functools.reduce(np.multiply.outer, [np.array([[1, 1], [1, -1]])] * rank)  # (element, frequency) per axis
+    order = (*range(0, 2 * rank, 2), *(2 * axis + 1 for axis in _BAND_ORDER[rank]))
+    once = factor * signs.transpose(order).reshape(*(2,) * rank, -1)
+    matrix = np.ones((1,) * (rank + 1))
+    for _ in range(levels):  # the blocks of the last level are the largest, its bands the slowest
+        outer = [k for side in sides for k in (side, side.upper())]
+        pairs = np.einsum(f"{sides}y,{sides.upper()}z->{''.join(outer)}yz", once, matrix)
+        matrix = pairs.reshape(*(2 * size for size in matrix.shape[:rank]), -1)
+    matrix = np.moveaxis(matrix, rank - 1, 0).reshape(-1, matrix.shape[-1])
+    return np.kron(matrix, np.eye(channels)).astype(np.float32)
 
 
 def _checked(what: str, value: str, accepted: tuple[str, ...]) -> str:
