@@ -22,7 +22,10 @@ from .pipeline import Pipeline
 
 
 def measure(config: Any, workers: int, batches: int, seed: int = 0) -> dict[str, float]:
-    """Frames, items and batches per second of ``batches`` batches, after warming up with ``workers + 1``."""
+    """Frames, items and batches per second of ``batches`` batches, after warming up with ``workers + 1``.
+
+    Also ``cpu_seconds_per_frame`` of this process, which is all of it without workers.
+    """
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     pipeline = Pipeline({**plain, "workers": workers}, seed=seed)
     with pipeline.batches() as iterator:
@@ -30,15 +33,16 @@ def measure(config: Any, workers: int, batches: int, seed: int = 0) -> dict[str,
         for _ in range(workers + 1 + pipeline.settings.prefetch):
             next(iterator)
         frames = items = 0
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         for _ in range(batches):
             shape = next(iterator)["pixels"].shape
             frames, items = frames + shape[0] * shape[1], items + shape[0]
-        seconds = time.perf_counter() - begin
+        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     return {
         "frames_per_second": frames / seconds,
         "items_per_second": items / seconds,
         "batches_per_second": batches / seconds,
+        "cpu_seconds_per_frame": cpu / frames,
         "skipped": pipeline.skipped.count,
     }
 
