@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import unknown
+from ..nn.conv import Conv2d, Conv3d
+from ..nn.norm import GroupNorm
 from ..parallel.constrain import constrain
 
 Array = jax.Array
@@ -155,12 +157,12 @@ class PatchDiscriminator(nn.Module):
             raise ValueError(f"pixels of shape {pixels.shape} are too small for {len(self.widths)} hidden layers.")
         return logits, tuple(found)
 
-    def _convolution(self, width: int, stride: tuple[int, ...], biased: bool, channels: int, name: str) -> nn.Conv:
+    def _convolution(self, width: int, stride: tuple[int, ...], biased: bool, channels: int, name: str) -> nn.Module:
         # PyTorch's default for the bias, which the published recipes leave alone: uniform in +-1/sqrt(fan in).
         bound = 1 / math.sqrt(channels * self.kernel ** len(stride))
-        return nn.Conv(
+        return {2: Conv2d, 3: Conv3d}[len(stride)](
             width,
-            (self.kernel,) * len(stride),
+            self.kernel,
             strides=stride,
             padding=1,
             use_bias=biased,
@@ -175,9 +177,7 @@ class PatchDiscriminator(nn.Module):
             return BatchNorm(dtype=self.dtype, name=name)(x, train)
         if self.norm == "actnorm":
             return ActNorm(dtype=self.dtype, name=name)(x, train)
-        return nn.GroupNorm(
-            math.gcd(32, x.shape[-1]), epsilon=1e-5, use_fast_variance=False, dtype=self.dtype, name=name
-        )(x)
+        return GroupNorm(epsilon=1e-5, dtype=self.dtype, num_groups=math.gcd(32, x.shape[-1]), name=name)(x)
 
     def _folded(self, pixels: Array) -> Array:
         axes = len(self.strides[0])

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import pick, unknown
+from ..nn.conv import Conv2d, Conv3d
 from ..parallel.constrain import constrain
 from .patchgan import BatchNorm
 
@@ -66,9 +67,9 @@ class TatsDiscriminator(nn.Module):
     def _convolution(self, x: Array, width: int, stride: int, name: str) -> Array:
         names = ("batch", *(("time",) if self.axes == 3 else ()), "height", "width", "channel")
         bound = 1 / math.sqrt(x.shape[-1] * 4**self.axes)
-        return nn.Conv(
+        return {2: Conv2d, 3: Conv3d}[self.axes](
             width,
-            (4,) * self.axes,
+            4,
             strides=stride,
             padding=2,
             dtype=self.dtype,
