@@ -5,7 +5,6 @@ import json
 import re
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,31 +123,23 @@ def test_latents_tokens_and_pixels_are_the_official_ones(name):
 def test_activations_are_the_official_ones(name):
     case, tok = converted(name)
     pixels, text = drawn(case, "image"), drawn(case, "text")
-    seen = {}
-
-    def record(call, args, kwargs, context):
-        result = call(*args, **kwargs)
-        if context.method_name == "__call__":
-            seen["/".join(context.module.path)] = result
-        return result
-
-    with nn.intercept_methods(record):
-        encoding = tok.module.apply(tok.variables, pixels, method="encode")
-        latents = encoding.latents
-        if encoding.mean is not None and "noise" in case.meta["inputs"]:
-            latents = reparameterize(encoding.mean, encoding.logvar, drawn(case, "noise"))
-        tok.module.apply(tok.variables, latents, text=text, method="decode")
-    names = {
-        "ln_pre": "transformer/norm_in", "ln_post": "norm_out", "attn": "attention", "transformer": "transformer/block",
-    }  # fmt: skip
+    capture = {"capture_intermediates": True, "mutable": ["intermediates"]}
+    encoding, inside = tok.module.apply(tok.variables, pixels, method="encode", **capture)
+    latents = encoding.latents
+    if encoding.mean is not None and "noise" in case.meta["inputs"]:
+        latents = reparameterize(encoding.mean, encoding.logvar, drawn(case, "noise"))
+    _, more = tok.module.apply(tok.variables, latents, text=text, method="decode", **capture)
+    seen = engine.flatten(inside["intermediates"]) | engine.flatten(more["intermediates"])
+    names = {"ln_pre": "transformer/norm_in", "ln_post": "norm_out", "attn": "/attention", "mlp": "/mlp"}
     compared = 0
     for key, value in case.outputs.items():
         part, *rest = key.split(".")
-        if part not in ("encoder", "decoder") or not rest or rest[0] not in names:
+        if part not in ("encoder", "decoder") or not rest or rest[0] not in ("ln_pre", "ln_post", "transformer"):
             continue
-        place = names[rest[0]] + (rest[1] if len(rest) > 1 else "")
-        inner = f"/{names.get(rest[2], rest[2])}" if len(rest) > 2 else ""
-        ours = np.asarray(seen[f"{part[:2]}code_tokens/{place}{inner}"])
+        place = "transformer/layers" if rest[0] == "transformer" else names[rest[0]]
+        inner = names.get(rest[2], f"/{rest[2]}") if len(rest) > 2 else ""
+        ours = np.asarray(seen[f"{part[:2]}code_tokens/{place}{inner}/__call__"][0])
+        ours = ours[int(rest[1])] if rest[0] == "transformer" else ours
         assert relative_l2(ours.reshape(value.shape), value) < OUTPUT, key
         compared += 1
     assert compared >= 10
@@ -193,9 +184,8 @@ def test_training_steps_of_the_first_stage_are_the_official_ones(name):
     options = meta["config"]["optimizer"]["params"]
 
     def decayed(params):
-        paths = engine.official_names(conversion.TABLE, engine.flatten({"params": params}))
-        flat = {path: name not in meta["no_weight_decay"] for path, name in paths.items()}
-        return engine.unflatten(flat)["params"]
+        undecayed = {path: set(names) <= set(meta["no_weight_decay"]) for path, names in training.names(params).items()}
+        return engine.unflatten({path: not spared for path, spared in undecayed.items()})["params"]
 
     adamw = optax.chain(
         optax.clip_by_global_norm(meta["params"]["max_grad_norm"]),
@@ -461,6 +451,16 @@ def test_remat_changes_nothing():
 
     # The recomputed forward pass may be fused differently.
     chex.assert_trees_all_close(gradient(tok.module), gradient(tok.module.clone(remat=True)), rtol=1e-3, atol=1e-5)
+
+
+def test_the_program_does_not_grow_with_the_depth():
+    pixels, lines = jax.ShapeDtypeStruct((1, 32, 48, 3), jnp.float32), []
+    for depth in (2, 12):
+        deep = {"encoder": (16, depth, 2), "decoder": (24, depth, 2)}
+        module = registry.build("titok", **SMALL | deep, bottleneck=CODES)
+        program = jax.jit(module.apply).lower(registry.abstract_variables(module), pixels)
+        lines.append(program.as_text().count("\n"))
+    assert lines[0] == lines[1]
 
 
 def test_official_names_round_trip_and_say_what_is_missing():

@@ -175,12 +175,21 @@ def official_judge(tree):
     }
 
 
+def names(params):
+    """The authors' names of each of our parameters, by its path: one, or one for every layer."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), {"params": params})
+    found = {}
+    for path, name in engine.official_names(conversion.TABLE, engine.per_layer(engine.flatten(shapes))).items():
+        head, layers, tail = path.partition(f"/{engine.LAYERS}/")
+        found.setdefault(head + layers + tail.partition("/")[2], []).append(name)
+    return found
+
+
 def official_decay(training):
     """Names of the authors' parameters that weight decay leaves alone, as our optimizer has it."""
-    mask = optim._decayed("kernels", tuple(UNDECAYED))(training.state.params["model"])
-    paths = engine.official_names(conversion.TABLE, engine.flatten({"params": mask}))
-    flat = engine.flatten({"params": mask})
-    return {paths[path] for path, decays in flat.items() if not decays}
+    params = training.state.params["model"]
+    mask = engine.flatten({"params": optim._decayed("kernels", tuple(UNDECAYED))(params)})
+    return {name for path, found in names(params).items() if not mask[path] for name in found}
 
 
 def worst(case, prefix, values, names):

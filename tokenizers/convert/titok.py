@@ -27,7 +27,7 @@ _CODERS = (("encode_tokens", "encoder"), ("decode_tokens", "decoder"))
 
 
 def _coder(ours: str, official: str) -> tuple[Rule, ...]:
-    block = rf"params/{ours}/transformer/block(\d+)"
+    block = rf"params/{ours}/transformer/layers/(\d+)"
     return (
         Rule(rf"params/{ours}/class_token", f"{official}.class_embedding"),
         Rule(rf"params/{ours}/positions", f"{official}.positional_embedding"),

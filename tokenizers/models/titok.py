@@ -25,6 +25,7 @@ from ..nn.blocks import MLP, TransformerBlock
 from ..nn.conv import Conv2d
 from ..nn.norm import LayerNorm
 from ..nn.resample import depth_to_space
+from ..nn.scan import scan_layers
 from ..parallel.constrain import constrain
 from ..quantize.vq import VectorQuantizer
 from ..types import Array, Encoding, Spec, Variant
@@ -50,18 +51,15 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # (b n c) -> (b n c)
-        width, layers, heads = self.size
-        block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
+        width, depth, heads = self.size
+        layer = TransformerBlock(
+            attention=functools.partial(Attention, heads, fused_qkv=True, dtype=self.dtype),
+            mlp=functools.partial(MLP, 4 * width, dtype=self.dtype),
+            norm=functools.partial(LayerNorm, epsilon=1e-5, dtype=self.dtype),
+            name="layers",
+        )
         x = _norm(self.dtype, "norm_in")(x)
-        for i in range(layers):
-            x = block(
-                attention=functools.partial(Attention, heads, fused_qkv=True, dtype=self.dtype),
-                mlp=functools.partial(MLP, 4 * width, dtype=self.dtype),
-                norm=functools.partial(LayerNorm, epsilon=1e-5, dtype=self.dtype),
-                name=f"block{i}",
-            )(x)
-            x = constrain(x, "batch", None, None)
-        return x
+        return scan_layers(layer, depth, x, remat="full" if self.remat else "none")
 
 
 def _norm(dtype: Any, name: str) -> LayerNorm:

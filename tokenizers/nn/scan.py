@@ -63,6 +63,11 @@ def scan_layers(
 
     if policy is not None:
         step = nn.remat(step, policy=policy, prevent_cse=False)  # a scan keeps the two passes apart by itself
-    run = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=depth)
+    run = nn.scan(
+        step,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=depth,
+    )
     x, every = run(layer, x, dict(each))
     return (x, every) if collect else x
