@@ -91,6 +91,8 @@ def get_config(arg=None):
     if arg == "smoke":
         config.steps = 300
         vqgan = smoke(config)
+        config.ema_decay = 0.97
+        config.evaluation.every = 25
         for part in (config.loss.tokens, config.init_parts.pixels):
             part.model.unlock()
             part.model.update(vqgan.to_dict())
