@@ -3,15 +3,16 @@
     python benchmarks/memory.py stream [--models cosmos-1.0-cv8x8x8 ...] [--size 1080 1920] [--chunk 8]
         [--dtype bfloat16]
     python benchmarks/memory.py remat [--config kl_f8] [--values False True] [--size 128 128] [--frames 9] [--batch 1]
-        [--rounds 3]
+        [--rounds 3] [--only_kept]
 
 ``stream`` compiles a later chunk of a clip, history and parameters included, and runs nothing: peak bytes do not grow
-with the clip, except for models whose attention sees the whole past. ``remat`` compiles and times the training step of
-a recipe for each value of ``config.model.remat``; with ``--rounds 0`` it only compiles. On a CPU, XLA keeps bfloat16
-values in float32 here and there: what is printed is rather too much than too little.
+with the clip, except for models whose attention sees the whole past. ``remat`` says, for each value of
+``config.model.remat``, what a recipe's model keeps for its backward pass, and compiles and times the training step;
+``--rounds 0`` only compiles, ``--only_kept`` does not even that.
 """
 
 import argparse
+import importlib
 import pathlib
 import statistics
 import sys
@@ -19,56 +20,70 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-from families import compiled, seconds, train
+from families import seconds, shape_of, train
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from tokenizers import pixels, registry  # noqa: E402
-from tokenizers.parallel import traffic  # noqa: E402
+from tokenizers import pixels, registry, streaming  # noqa: E402
+from tokenizers.parallel import platform, traffic  # noqa: E402
+from tokenizers.train import build, dryrun  # noqa: E402
+from tokenizers.train.config import to_dict  # noqa: E402
 
 STREAMED = ("cosmos-1.0-cv8x8x8", "cosmos-1.0-dv8x16x16", "vidtok-kl-causal-488-4chn", "vidtok-fsq-causal-488-32768")
 
 
 def stream(options):
-    """One line per model: GiB of encoding and of decoding a chunk."""
+    """One line per model: GiB of encoding and of decoding a later chunk, and of the history, which is part of both."""
     # Between chunks buffers of keys grow, so those of one chunk have another shape than those of the next.
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-    print("| model | pixels of a chunk | encode, GiB | decode, GiB |\n|---|---|---|---|")
+    print("| model | pixels of a chunk | encode, GiB | of it history | decode, GiB | of it history |")
+    print("|---|---|---|---|---|---|")
     for name in options.models:
         module = registry.build(name, dtype=jnp.dtype(options.dtype))
-        spec = module.spec
-        shape = pixels.fitted(spec, None, (1, 1, *options.size, 3), strict=False)
-        sizes = [(1, int(spec.first_frame_alone) + options.chunk, *shape[2:]), (1, options.chunk, *shape[2:])]
-        first, later = (jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes)
-        variables = registry.abstract_variables(module)
+        size = pixels.fitted(module.spec, None, (1, 1, *options.size, 3), strict=False)[2:4]
+        numbers = [
+            f"{count / 2**30:.1f}"
+            for _, lowered, history in streaming.later_chunks(
+                module, registry.abstract_variables(module), size, options.chunk
+            )
+            for count in (traffic.peak_bytes(lowered.compile(platform.run_once_options())), history)
+        ]
+        print(f"| {name} | {options.chunk}x{size[0]}x{size[1]} | {' | '.join(numbers)} |", flush=True)
 
-        def run(variables, x, method, module=module):
-            return module.apply(variables, x, method=method, mutable=["stream"])
 
-        def peak(first, later, method, variables=variables, run=run):
-            """(GiB, results of the first and of a later chunk)."""
-            result, history = jax.eval_shape(lambda v, x: run(v, x, method), variables, first)
-            later_chunk = lambda v, history, x: run(dict(v) | history, x, method)  # noqa: E731
-            program, *_ = compiled(later_chunk, variables, history, later, donate_argnums=1)
-            following, _ = jax.eval_shape(lambda v, x: run(v, x, method), dict(variables) | history, later)
-            return traffic.peak_bytes(program) / 2**30, result, following
+def kept(config_name, options, value):
+    """Bytes that the model of a recipe keeps from its forward to its backward pass; nothing is compiled."""
+    config = importlib.import_module(f"configs.{config_name}").get_config()
+    config.model.update({"remat": value})
+    config.precision = options.dtype
+    module = build.recipe(dryrun.compilable(to_dict(config))).model
+    variables = registry.abstract_variables(module)
+    rest = {name: leaves for name, leaves in variables.items() if name != "params"}
 
-        encoding, result, following = peak(first, later, "encode")
-        decoding, *_ = peak(result.latents, following.latents, "decode")
-        print(f"| {name} | {'x'.join(map(str, later.shape[1:4]))} | {encoding:.1f} | {decoding:.1f} |", flush=True)
+    def run(params, rest, x, key):
+        rngs = {"bottleneck": key, "dropout": key}
+        return module.apply(rest | {"params": params}, x, train=True, rngs=rngs, mutable=list(rest))
+
+    batch = jax.ShapeDtypeStruct(shape_of(module, options), jnp.float32)
+    return traffic.kept_bytes(run, variables["params"], rest, batch, jax.random.key(0))
 
 
 def remat(options):
-    """One line per value: MiB, milliseconds, operations."""
-    print(f"configs/{options.config}.py\n\n| remat | MiB | ms | GFLOP | compile s |\n|---|---|---|---|---|")
+    """One line per value: MiB kept for the backward pass, MiB of the whole step, milliseconds, operations."""
+    print(f"configs/{options.config}.py\n\n| remat | kept for the backward pass, MiB | MiB | ms | GFLOP | compile s |")
+    print("|---|---|---|---|---|---|")
     for text in options.values:
         value = {"True": True, "False": False}.get(text, text)
+        line = f"| {value} | {kept(options.config, options, value) / 2**20:.0f} |"
+        if options.only_kept:
+            print(line, flush=True)
+            continue
         for _, _, run, program, took, count in train(options.config, options, {"remat": value}):
             if options.rounds:
                 jax.block_until_ready(run())
             median = statistics.median([seconds(run) for _ in range(options.rounds)] or [0.0])
             mib = traffic.peak_bytes(program) / 2**20
-            print(f"| {value} | {mib:.0f} | {1e3 * median:.0f} | {count / 1e9:.0f} | {took:.0f} |", flush=True)
+            print(f"{line} {mib:.0f} | {1e3 * median:.0f} | {count / 1e9:.0f} | {took:.0f} |", flush=True)
 
 
 def main():
@@ -82,6 +97,7 @@ def main():
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only_kept", action="store_true", help="compile nothing")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default bfloat16, float32")
     options = parser.parse_args()
     options.size = options.size or {"stream": (1080, 1920), "remat": (128, 128)}[options.what]

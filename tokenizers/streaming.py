@@ -121,6 +121,32 @@ def _decode_last_chunk(module: nn.Module, variables, state, latents):
     return module.apply(dict(whole(variables)) | state, _as_latents(module, variables, latents), method="decode"), {}
 
 
+def later_chunks(module: nn.Module, variables: Any, size: tuple[int, int], frames: int) -> Iterator[tuple]:
+    """The programs of a later chunk of a clip, lowered from shapes alone: what they need of a device is known unrun.
+
+    Args:
+      module: of a causal video tokenizer.
+      variables: its variables or their shapes (`registry.abstract_variables`).
+      size: height and width of the pixels.
+      frames: of a chunk; the first one has one more where the first frame is alone.
+
+    Yields:
+      (``"encode"``, its `jax.stages.Lowered`, bytes of the history that it gets), then the same of ``"decode"``.
+    """
+    spec = _streaming_spec(module, type(module).__name__)
+    counts = (frames + int(spec.first_frame_alone), frames)
+    first, later = (jax.ShapeDtypeStruct((1, count, *size, spec.channels), jnp.float32) for count in counts)
+    for method, run in (("encode", _encode_chunk), ("decode", _decode_chunk)):
+        shapes = functools.partial(jax.eval_shape, functools.partial(run, module), variables)
+        start, state = shapes({}, first)
+        state = jax.eval_shape(with_room, state)
+        history = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        yield method, run.lower(module, variables, state, later), history
+        if method == "encode":
+            following, _ = shapes(state, later)
+            first, later = start.latents, following.latents
+
+
 def _as_latents(module: nn.Module, variables, latents):
     if jnp.issubdtype(latents.dtype, jnp.integer):
         latents = module.apply(whole(variables), latents, method="indices_to_latents")

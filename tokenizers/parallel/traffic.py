@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices and takes of their memory, read from the program itself."""
+"""What a program sends between devices and takes of their memory, read from the program itself."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
+from jax.extend.core import Literal
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -92,3 +95,20 @@ def peak_bytes(compiled: Any) -> int:
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + max(results, 0)
+
+
+def kept_bytes(function: Callable, params: Any, *inputs: Any) -> int:
+    """Bytes that a function leaves for its backward pass, parameters and inputs apart; traced from shapes, not run.
+
+    They are what differentiation asks for, on any platform. A compiler may keep more, or compute more again.
+
+    Args:
+      function: of ``(params, *inputs)``, differentiated with respect to the parameters.
+      params, inputs: pytrees of arrays or shapes.
+    """
+    program = jax.make_jaxpr(
+        lambda params, *inputs: jax.tree.leaves(jax.vjp(lambda params: function(params, *inputs), params)[1])
+    )(params, *inputs).jaxpr
+    given = {*program.invars, *program.constvars}
+    left = {value for value in program.outvars if not isinstance(value, Literal)} - given
+    return sum(value.aval.size * value.aval.dtype.itemsize for value in left)
