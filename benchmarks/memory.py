@@ -1,7 +1,7 @@
 """Memory of one device, from compiled programs: streaming at any size, and what recomputing saves in training.
 
     python benchmarks/memory.py stream [--models cosmos-1.0-cv8x8x8 ...] [--size 1080 1920] [--chunk 8]
-        [--dtype bfloat16]
+        [--dtype bfloat16] [--tpu v5p:2x2x1]
     python benchmarks/memory.py remat [--config kl_f8] [--values False True] [--size 128 128] [--frames 9] [--batch 1]
         [--rounds 3] [--only_kept]
 
@@ -9,6 +9,9 @@
 with the clip, except for models whose attention sees the whole past. ``remat`` says, for each value of
 ``config.model.remat``, what a recipe's model keeps for its backward pass, and compiles and times the training step;
 ``--rounds 0`` only compiles, ``--only_kept`` does not even that.
+
+With ``--tpu`` the numbers are those of XLA's compiler for TPUs, which needs ``pip install libtpu`` and no TPU, and
+takes minutes; without, those of the compiler of this machine.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 from families import seconds, shape_of, train
+from jax.experimental import topologies
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -38,15 +42,17 @@ def stream(options):
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")
     print("| model | pixels of a chunk | encode, GiB | of it history | decode, GiB | of it history |")
     print("|---|---|---|---|---|---|")
+    device = options.tpu and topologies.get_topology_desc(options.tpu, platform="tpu").devices[0]
+    options_of_compiler = {} if options.tpu else platform.run_once_options()
     for name in options.models:
         module = registry.build(name, dtype=jnp.dtype(options.dtype))
         size = pixels.fitted(module.spec, None, (1, 1, *options.size, 3), strict=False)[2:4]
         numbers = [
             f"{count / 2**30:.1f}"
             for _, lowered, history in streaming.later_chunks(
-                module, registry.abstract_variables(module), size, options.chunk
+                module, registry.abstract_variables(module), size, options.chunk, device
             )
-            for count in (traffic.peak_bytes(lowered.compile(platform.run_once_options())), history)
+            for count in (traffic.peak_bytes(lowered.compile(options_of_compiler)), history)
         ]
         print(f"| {name} | {options.chunk}x{size[0]}x{size[1]} | {' | '.join(numbers)} |", flush=True)
 
@@ -94,6 +100,7 @@ def main():
     parser.add_argument("--values", nargs="+", default=("False", "True"))
     parser.add_argument("--size", type=int, nargs=2, help="height and width; default 1080 1920, 128 128")
     parser.add_argument("--chunk", type=int, default=8, help="frames")
+    parser.add_argument("--tpu", help="compile for a TPU that need not be here, e.g. v5p:2x2x1; needs libtpu")
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)

@@ -121,7 +121,9 @@ def _decode_last_chunk(module: nn.Module, variables, state, latents):
     return module.apply(dict(whole(variables)) | state, _as_latents(module, variables, latents), method="decode"), {}
 
 
-def later_chunks(module: nn.Module, variables: Any, size: tuple[int, int], frames: int) -> Iterator[tuple]:
+def later_chunks(
+    module: nn.Module, variables: Any, size: tuple[int, int], frames: int, device: Any = None
+) -> Iterator[tuple]:
     """The programs of a later chunk of a clip, lowered from shapes alone: what they need of a device is known unrun.
 
     Args:
@@ -129,11 +131,14 @@ def later_chunks(module: nn.Module, variables: Any, size: tuple[int, int], frame
       variables: its variables or their shapes (`registry.abstract_variables`).
       size: height and width of the pixels.
       frames: of a chunk; the first one has one more where the first frame is alone.
+      device: to compile for, also one of a `jax.experimental.topologies` description; ``None`` is the one that is here.
 
     Yields:
       (``"encode"``, its `jax.stages.Lowered`, bytes of the history that it gets), then the same of ``"decode"``.
     """
     spec = _streaming_spec(module, type(module).__name__)
+    there = None if device is None else jax.sharding.SingleDeviceSharding(device)
+    placed = functools.partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there))
     counts = (frames + int(spec.first_frame_alone), frames)
     first, later = (jax.ShapeDtypeStruct((1, count, *size, spec.channels), jnp.float32) for count in counts)
     for method, run in (("encode", _encode_chunk), ("decode", _decode_chunk)):
@@ -141,7 +146,7 @@ def later_chunks(module: nn.Module, variables: Any, size: tuple[int, int], frame
         start, state = shapes({}, first)
         state = jax.eval_shape(with_room, state)
         history = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        yield method, run.lower(module, variables, state, later), history
+        yield method, run.lower(module, placed(variables), placed(state), placed(later)), history
         if method == "encode":
             following, _ = shapes(state, later)
             first, later = start.latents, following.latents
