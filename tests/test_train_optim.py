@@ -44,6 +44,19 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(free["b"], [-4e-3], rtol=1e-2)
 
 
+@pytest.mark.parametrize("limit", [0.5, 50.0])
+def test_the_norm_and_its_clipping_are_those_of_optax(limit):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"kernel": (3, 3, 4, 5), "bias": (5,), "logit_scale": ()}
+    grads = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    chex.assert_trees_all_close(optim.global_norm(grads), optax.tree.norm(grads), rtol=1e-6)
+    ours, theirs = optim.make(base.optimizer(clip=limit, eps=1e3), 1)[0], optax.clip_by_global_norm(limit)
+    unclipped = optim.make(base.optimizer(clip=0.0, eps=1e3), 1)[0]
+    expected = theirs.update(grads, theirs.init(grads))[0]
+    zeros = jax.tree.map(jnp.zeros_like, grads)
+    chex.assert_trees_all_close(updated(ours, zeros, grads), updated(unclipped, zeros, expected), rtol=1e-5)
+
+
 def test_weight_decay_acts_on_kernels_or_on_all():
     params = {"conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
     zeros = jax.tree.map(jnp.zeros_like, params)

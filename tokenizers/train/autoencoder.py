@@ -190,11 +190,11 @@ def _update(
     model_state, opponent = carry
     updates, optimizer = recipe.optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics["grad_norm/generator"] = optax.tree.norm(grads)
+    metrics["grad_norm/generator"] = optim.global_norm(grads)
 
     if shared:
         opponent = adversaries.update(adversary, opponent, opponent_grads, state.step, recipe.ema_warmup)
-        led = {"grad_norm/discriminator": optax.tree.norm(opponent_grads)}
+        led = {"grad_norm/discriminator": optim.global_norm(opponent_grads)}
     elif adversary is not None and adversary.fresh_forward:
         updated, options = (params["model"], model_state), {"first_key": recipe.accumulate, "draw": recipe.draws[1]}
         model_state, opponent, led = _own_turn(
@@ -230,7 +230,7 @@ def _own_turn(recipe: Recipe, params, model_state, opponent, frozen, step, micro
 
     (model_state, opponent), (grads, metrics) = mean_over_micro_batches(oppose, (model_state, opponent), micro)
     opponent = adversaries.update(adversary, opponent, grads, step, recipe.ema_warmup)
-    return model_state, opponent, metrics | {"grad_norm/discriminator": optax.tree.norm(grads)}
+    return model_state, opponent, metrics | {"grad_norm/discriminator": optim.global_norm(grads)}
 
 
 def _rngs(key) -> dict[str, jax.Array]:

@@ -162,7 +162,7 @@ class Matching:
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optim.ema_update(state.ema, params["model"], self.ema_decay, state.step, self.ema_warmup)
-        metrics["grad_norm/generator"] = optax.tree.norm(grads)
+        metrics["grad_norm/generator"] = optim.global_norm(grads)
         return state.replace(params=params, ema=ema, optimizer=optimizer), metrics
 
     def gradients(self, params: Any, arrays: Mapping[str, jax.Array], key: jax.Array) -> tuple[Any, Metrics]:

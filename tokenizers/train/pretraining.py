@@ -234,7 +234,7 @@ class Recipe(OfPixels):
         """One step on given views."""
         loss = jax.value_and_grad(self.loss, has_aux=True)
         (_, (metrics, centers)), grads = loss(state.params, state.teacher, networks, views, state.step, key)
-        metrics["grad_norm/generator"] = optax.tree.norm(grads)
+        metrics["grad_norm/generator"] = optim.global_norm(grads)
         grads = self._held(grads, state.step)
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
