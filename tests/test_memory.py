@@ -51,7 +51,7 @@ def test_recomputing_keeps_less_for_the_backward_pass():
         ("cosmos-1.0-dv8x16x16", (2160, 3840), 15.2, 16.0),
     ],
 )
-def test_videos_of_any_length_stream_within_16_gib(name, size, encode, decode):
+def test_a_chunk_of_a_large_video_fits_16_gib(name, size, encode, decode):
     """At the released sizes, in chunks of eight frames; one after the other, so the larger one counts."""
     module = registry.build(name, dtype=jnp.bfloat16)
     programs = streaming.later_chunks(module, registry.abstract_variables(module), size, 8)

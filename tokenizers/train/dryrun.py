@@ -1,7 +1,7 @@
 """A run without its devices: every step is compiled for the mesh, from shapes alone, and nothing is computed.
 
 Needs neither the data nor weight files. The devices are virtual ones of the CPU's backend, whose programs keep bfloat16
-values in float32 here and there: what it says of memory is rather too much than too little.
+values in float32 here and there; an accelerator's pads small axes. What it says of memory is a guide, not a promise.
 """
 
 from __future__ import annotations
