@@ -16,22 +16,18 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def group_normalize(
-    x: Array, num_groups: int, *, epsilon: float, per_frame: bool = False, scale: Array | None = None
-) -> Array:
+def group_normalize(x: Array, num_groups: int, *, epsilon: float, per_frame: bool = False) -> Array:
     """Zero mean and unit variance per sample (or frame) and group of channels; the functional core of `GroupNorm`.
 
     Two passes over sums per channel, which are combined to groups on the small ``(B, C)`` array: a large mean costs no
     digits, the channel axis is never split, and under spatial sharding at most ``(B, T, C)`` numbers are reduced. One
-    axis after the other: the sums are shorter, so more exact, and on CPU twice as fast as over all axes at once. The
-    scale is multiplied into the reciprocal deviation, not into the picture: its gradient needs no sum of its own.
+    axis after the other: the sums are shorter, so more exact, and on CPU twice as fast as over all axes at once.
 
     Args:
       x: ``(B, ..., C)``; with ``per_frame``, ``(B, T, ..., C)``.
       num_groups: must divide C.
       epsilon: added to the variance.
       per_frame: statistics of every frame alone (causal) instead of the whole clip.
-      scale: ``(C,)`` or what broadcasts with ``(B, ..., C)``; ``None`` is one.
 
     Returns:
       float32, the shape of ``x``.
@@ -45,8 +41,7 @@ def group_normalize(
     x = x.astype(jnp.float32)
     centered = x - _group_mean(_mean(x, first), num_groups)
     variance = _group_mean(_mean(jnp.square(centered), first), num_groups)
-    reciprocal = jax.lax.rsqrt(variance + epsilon)
-    return centered * (reciprocal if scale is None else reciprocal * scale)
+    return centered * jax.lax.rsqrt(variance + epsilon)
 
 
 def _mean(x: Array, first: int) -> Array:
@@ -77,21 +72,13 @@ class _Affine(nn.Module):
     use_bias: bool = True
     dtype: Any = None
 
-    def scaling(self, x: Array) -> Array | None:
-        """The parameter, ``None`` without one."""
-        if not self.use_scale:
-            return None
-        return self.param("scale", nn.initializers.ones_init(), x.shape[-1:], jnp.float32)
-
-    def shift(self, scaled: Array, x: Array) -> Array:
-        """Adds the bias and gives it the dtype that the result for ``x`` has."""
-        if self.use_bias:
-            scaled = scaled + self.param("bias", nn.initializers.zeros_init(), x.shape[-1:], jnp.float32)
-        return scaled.astype(self.dtype or x.dtype)
-
     def finish(self, normalized: Array, x: Array) -> Array:
-        scale = self.scaling(x)
-        return self.shift(normalized if scale is None else normalized * scale, x)
+        channels = x.shape[-1:]
+        if self.use_scale:
+            normalized = normalized * self.param("scale", nn.initializers.ones_init(), channels, jnp.float32)
+        if self.use_bias:
+            normalized = normalized + self.param("bias", nn.initializers.zeros_init(), channels, jnp.float32)
+        return normalized.astype(self.dtype or x.dtype)
 
 
 class GroupNorm(_Affine):
@@ -109,8 +96,7 @@ class GroupNorm(_Affine):
     @nn.compact
     def __call__(self, x: Array) -> Array:  # (b [t] h w c) or (b n c) -> same
         per_frame = self.per_frame and x.ndim > 4
-        options = {"epsilon": self.epsilon, "per_frame": per_frame, "scale": self.scaling(x)}
-        return self.shift(group_normalize(x, self.num_groups, **options), x)
+        return self.finish(group_normalize(x, self.num_groups, epsilon=self.epsilon, per_frame=per_frame), x)
 
 
 class LayerNorm(_Affine):
