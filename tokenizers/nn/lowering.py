@@ -70,7 +70,7 @@ def for_cpu(kernel_shape: tuple[int, ...], strides: tuple[int, ...], groups: int
     if outputs * 4 <= inputs and set(strides) == {1} and max(size[-2:]) > 1:
         return _shift_add
     if len(size) == 2:
-        return in_bands if batch < _PICTURES and not divided() else None
+        return in_bands if _band_count(batch) > 1 else None
     kt, kh, kw = size
     if kt == 1:
         return _fold_time
@@ -183,10 +183,15 @@ def _resample_space(x, strides, pads):
 _PICTURES = 8
 
 
+def _band_count(batch: int) -> int:
+    """Into how many bands a picture is cut; several devices have parts of pictures or batches already."""
+    return 1 if divided() or batch == 0 else -(-_PICTURES // batch)
+
+
 def in_bands(x, kernel, *, strides, pads, dilation):
     """XLA's own 2D convolution; the gradient of its kernel sees bands of a picture as pictures of their own."""
-    bands = -(-_PICTURES // x.shape[0])
-    if bands == 1 or divided():
+    bands = _band_count(x.shape[0])
+    if bands == 1:
         return native(x, kernel, strides=strides, pads=pads, dilation=dilation)
     return _in_bands(x, kernel, bands, (strides, pads, dilation))
 

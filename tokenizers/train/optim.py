@@ -133,8 +133,7 @@ def _clip(limit: float) -> optax.GradientTransformation:
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         del params
         norm = global_norm(updates)
-        shorten = lambda x: jnp.where(norm < limit, x, x / norm.astype(x.dtype) * limit)  # noqa: E731
-        return jax.tree.map(shorten, updates), state
+        return jax.tree.map(lambda x: jnp.where(norm < limit, x, x / norm.astype(x.dtype) * limit), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
