@@ -28,10 +28,11 @@ from jax.experimental import topologies
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from tokenizers import pixels, registry, streaming  # noqa: E402
-from tokenizers.parallel import platform, traffic  # noqa: E402
-from tokenizers.train import build, dryrun  # noqa: E402
-from tokenizers.train.config import to_dict  # noqa: E402
+from vistok.parallel import platform, traffic  # noqa: E402
+from vistok.train import build, dryrun  # noqa: E402
+from vistok.train.config import to_dict  # noqa: E402
+
+from vistok import pixels, registry, streaming  # noqa: E402
 
 STREAMED = ("cosmos-1.0-cv8x8x8", "cosmos-1.0-dv8x16x16", "vidtok-kl-causal-488-4chn", "vidtok-fsq-causal-488-32768")
 
