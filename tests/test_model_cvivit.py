@@ -276,7 +276,7 @@ CLIP = refweights.image_like("cvivit/clip", (1, 11, 8, 12, 3))
 
 
 def test_chunks_of_a_stream_are_the_whole_clip():
-    tok = toy()
+    tok = toy(temporal_depth=2)
     chunks = list(tok.encode_stream([CLIP[:, :6], CLIP[:, 6:]]))
     assert [chunk.latents.shape[1] for chunk in chunks] == [3, 3]
     indices = np.concatenate([chunk.indices for chunk in chunks], axis=1)
@@ -285,7 +285,7 @@ def test_chunks_of_a_stream_are_the_whole_clip():
 
 @pytest.mark.slow
 def test_chunks_of_latents_are_decoded_as_the_whole():
-    tok = toy()
+    tok = toy(temporal_depth=2)
     indices = tok.encode(CLIP).indices
     streamed = np.concatenate(list(tok.decode_stream([indices[:, :3], indices[:, 3:4], indices[:, 4:]])), axis=1)
     # Summation orders of attention differ: observed 3e-7.

@@ -183,7 +183,7 @@ def toy(**changes):
 
 
 STREAMS = [
-    {},
+    {"encoder_blocks": "ttw", "temporal_depth": 2},
     {"pool": (2, 2), "patch": (4, 8, 8)},
     {"temporal_positions": "alibi", "attention_window": 2},
 ]
@@ -204,6 +204,16 @@ def test_chunks_of_a_stream_are_the_whole_clip(changes):
     # Summation orders of attention differ: observed 5e-7.
     np.testing.assert_allclose(streamed, tok.decode(whole.latents), atol=1e-5)
     np.testing.assert_array_equal(tok.encode(clip[:, 0]).indices, whole.indices[:, 0])
+
+
+def test_the_program_does_not_grow_with_the_depth():
+    pixels, lines = jax.ShapeDtypeStruct((1, 5, 32, 32, 3), jnp.float32), []
+    for depth in (2, 6):
+        deep = {"encoder_blocks": "t" * depth + "w" * depth, "decoder_blocks": "t" * depth, "temporal_depth": depth}
+        module = registry.build("omnitokenizer", width=8, heads=1, **deep)
+        program = jax.jit(module.apply).lower(registry.abstract_variables(module), pixels)
+        lines.append(program.as_text().count("\n"))
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("changes", [{"layout": "scrambled"}, {"causal_attention": False}, {"causal_positions": False}])

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import errors
 from .engine import Rule, Transform, squeeze
-from .vivit import UNUSED, bias_rules, patch_rules, transformer_rules
+from .vivit import BIAS, UNUSED, patch_rules, transformer_rules
 
 
 def _ones(match: re.Match, state: Mapping[str, np.ndarray], leaf: Any) -> np.ndarray:
@@ -28,7 +28,7 @@ def _codes(match: re.Match, state: Mapping[str, np.ndarray], leaf: Any) -> np.nd
 
 TABLE = (
     *patch_rules("", ""),
-    *bias_rules("params/spatial_bias", ""),
+    *(Rule(f"params/spatial_bias/{bias}", name) for bias, name in BIAS),
     *transformer_rules("encoder_space", "enc_spatial_transformer"),
     *transformer_rules("encoder_time", "enc_temporal_transformer"),
     *transformer_rules("decoder_time", "dec_temporal_transformer"),

@@ -226,15 +226,16 @@ def official_names(table: Table, paths: Iterable[str]) -> dict[str, str]:
 def _expand(rule: Rule, match: re.Match, path: str) -> str | None:
     if rule.official is None:
         return None
-    if callable(rule.official):
-        return rule.official(match)
 
     def group(reference: re.Match) -> str:
         key = reference[1] or reference[2]
         return (match[int(key) if key.isdigit() else key] or "").replace("/", ".")
 
     leaf = path.rsplit("/", 1)[-1]
-    name = re.sub(r"\\(?:(\d+)|g<(\w+)>)", group, rule.official)
+    if callable(rule.official):
+        name = rule.official(match)
+    else:
+        name = re.sub(r"\\(?:(\d+)|g<(\w+)>)", group, rule.official)
     return name.replace("{leaf}", OFFICIAL_LEAF.get(leaf, leaf))
 
 

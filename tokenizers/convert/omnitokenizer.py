@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import errors
 from .engine import Rule
-from .vivit import UNUSED, patch_rules, transformer_rules
+from .vivit import LAYER, UNUSED, layer_name, patch_rules, transformer_rules
 
 
 def _ones(match: re.Match, state: Mapping[str, np.ndarray], leaf: Any) -> np.ndarray:
@@ -21,20 +21,24 @@ def _codes(match: re.Match, state: Mapping[str, np.ndarray], leaf: Any) -> np.nd
     return np.asarray(state["codebook.embeddings"])
 
 
-_WINDOWS, _THEIRS = r"params/(encoder|decoder)_space/layer(\d+)/attention/", {"encoder": "enc", "decoder": "dec"}
-
-
-def _window(name: str) -> Any:
-    """The official name of that tensor of a layer of windows."""
-    return lambda match: f"{match[1]}.{_THEIRS[match[1]]}_spatial_transformer.layers.{match[2]}.1.{name}"
+def _window_rules(ours: str, official: str) -> tuple[Rule, ...]:
+    """Attention inside windows, in a `Transformer`."""
+    layers = (
+        ("bias", "relative_position_bias_table"),
+        ("windows/qkv/kernel", "qkv.weight"),
+        ("windows/out/kernel", "proj.weight"),
+        ("windows/out/bias", "proj.bias"),
+    )
+    return tuple(
+        Rule(f"params/{ours}/{LAYER}attention/{path}", layer_name(f"{official}.layers.{{number}}.1.{name}"))
+        for path, name in layers
+    )
 
 
 TABLE = (
     *patch_rules("encoder.", "decoder."),
-    Rule(_WINDOWS + "bias", _window("relative_position_bias_table")),
-    Rule(_WINDOWS + "windows/qkv/kernel", _window("qkv.weight")),
-    Rule(_WINDOWS + "windows/out/kernel", _window("proj.weight")),
-    Rule(_WINDOWS + "windows/out/bias", _window("proj.bias")),
+    *_window_rules("encoder_space", "encoder.enc_spatial_transformer"),
+    *_window_rules("decoder_space", "decoder.dec_spatial_transformer"),
     *transformer_rules("encoder_space", "encoder.enc_spatial_transformer"),
     *transformer_rules("encoder_time", "encoder.enc_temporal_transformer"),
     *transformer_rules("decoder_time", "decoder.dec_temporal_transformer"),

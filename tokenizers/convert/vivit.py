@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 from .engine import Rule, kernel, part
 
 # Never read by the authors' code, or constants of it.
@@ -20,30 +23,43 @@ def patch_rules(embed: str, pixels: str) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
+# A layer of a `Transformer`: the first one of its run, and its place there.
+LAYER = r"from(?P<start>\d+)/layers/(?P<place>\d+)/"
+
+
+def layer_name(official: str) -> Callable[[re.Match], str]:
+    """``official`` with the number of the layer that `LAYER` found in the place of ``{number}``."""
+    return lambda match: official.replace("{number}", str(int(match["start"]) + int(match["place"])))
+
+
+# A `SpatialBias`.
+BIAS = tuple(
+    (rf"{ours}/\w+", f"spatial_rel_pos_bias.net.{number}.{{leaf}}")
+    for ours, number in (("hidden0", "0.0"), ("hidden1", "1.0"), ("out", "2"))
+)
+
+
 def transformer_rules(ours: str, official: str) -> tuple[Rule, ...]:
     """A `Transformer`; its attention may be wrapped in another module."""
-    here, there = rf"params/{ours}/layer(\d+)/", rf"{official}.layers.\1."
-    attention = here + r"attention/(?:attention/)?"
-    return (
-        Rule(here + r"position/conv/\w+", there + "0.dsconv.{leaf}"),
-        Rule(attention + "norm/scale", there + "1.norm.gamma"),
-        Rule(attention + "query/kernel", there + "1.to_q.weight"),
-        Rule(attention + "key/kernel", there + "1.to_kv.weight", part(0, 2, kernel)),
-        Rule(attention + "value/kernel", there + "1.to_kv.weight", part(1, 2, kernel)),
-        Rule(attention + "query_norm/scale", there + "1.q_scale"),
-        Rule(attention + "key_norm/scale", there + "1.k_scale"),
-        Rule(attention + "out/kernel", there + "1.to_out.weight"),
-        *bias_rules(here + "attention/bias", there + "1."),
-        Rule(here + r"feed_forward/norm/\w+", there + "3.0.{leaf}"),
-        Rule(here + "feed_forward/hidden/kernel", there + "3.1.weight"),
-        Rule(here + "feed_forward/out/kernel", there + "3.4.weight"),
-        Rule(rf"params/{ours}/norm_out/scale", f"{official}.norm_out.gamma"),
+    attention = r"attention/(?:attention/)?"
+    layers = (
+        (r"position/conv/\w+", "0.dsconv.{leaf}"),
+        (attention + "norm/scale", "1.norm.gamma"),
+        (attention + "query/kernel", "1.to_q.weight"),
+        (attention + "key/kernel", "1.to_kv.weight", part(0, 2, kernel)),
+        (attention + "value/kernel", "1.to_kv.weight", part(1, 2, kernel)),
+        (attention + "query_norm/scale", "1.q_scale"),
+        (attention + "key_norm/scale", "1.k_scale"),
+        (attention + "out/kernel", "1.to_out.weight"),
+        *((f"attention/bias/{bias}", f"1.{name}") for bias, name in BIAS),
+        (r"feed_forward/norm/\w+", "3.0.{leaf}"),
+        ("feed_forward/hidden/kernel", "3.1.weight"),
+        ("feed_forward/out/kernel", "3.4.weight"),
     )
-
-
-def bias_rules(ours: str, official: str) -> tuple[Rule, ...]:
-    """A `SpatialBias`."""
-    layers = (("hidden0", "0.0"), ("hidden1", "1.0"), ("out", "2"))
-    return tuple(
-        Rule(rf"{ours}/{name}/\w+", f"{official}spatial_rel_pos_bias.net.{number}.{{leaf}}") for name, number in layers
+    return (
+        *(
+            Rule(f"params/{ours}/{LAYER}{path}", layer_name(f"{official}.layers.{{number}}.{name}"), *transform)
+            for path, name, *transform in layers
+        ),
+        Rule(rf"params/{ours}/norm_out/scale", f"{official}.norm_out.gamma"),
     )

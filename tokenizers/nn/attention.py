@@ -372,10 +372,11 @@ def with_history(module: nn.Module, key: Array, value: Array) -> tuple[int | Arr
     frames, past = key.shape[-3], 0
     if module.has_variable(STREAM, "key"):
         past_key, past_value = module.get_variable(STREAM, "key"), module.get_variable(STREAM, "value")
-        held = past_key.shape[-3]
-        past = module.get_variable(STREAM, "frames", held)
-        # A buffer is free from its middle on.
-        size = max(held, held // 2 + frames) if module.has_variable(STREAM, "frames") else held + frames
+        past = held = past_key.shape[-3]
+        size = held + frames
+        if module.has_variable(STREAM, "room"):  # a buffer is free from its middle on
+            past = module.get_variable(STREAM, "frames")
+            size = max(held, held // 2 + frames)
         key, value = (
             _written(_longer(old.astype(new.dtype), size), new, past)
             for old, new in ((past_key, key), (past_value, value))
@@ -383,8 +384,7 @@ def with_history(module: nn.Module, key: Array, value: Array) -> tuple[int | Arr
     if streams(module):
         module.put_variable(STREAM, "key", key)
         module.put_variable(STREAM, "value", value)
-        if module.has_variable(STREAM, "frames"):
-            module.put_variable(STREAM, "frames", past + frames)
+        module.put_variable(STREAM, "frames", jnp.asarray(past + frames, jnp.int32))
     return past, key, value
 
 
@@ -401,10 +401,10 @@ def with_room(stream: Any) -> Any:
         return stream
     if "key" not in stream or "count" in stream:  # with a count: a window, of constant size
         return {name: with_room(value) for name, value in stream.items()}
-    frames = int(stream.get("frames", stream["key"].shape[-3]))
-    size = max(stream["key"].shape[-3], 2 << (frames - 1).bit_length())
+    frames, held = stream["frames"], stream["key"].shape[-3]  # scanned layers have a number each, all equal
+    size = max(held, 2 << ((int(frames.max()) if "room" in stream else held) - 1).bit_length())
     grown = {name: _longer(stream[name], size) for name in ("key", "value")}
-    return dict(stream) | grown | {"frames": jnp.asarray(frames, jnp.int32)}
+    return dict(stream) | grown | {"room": jnp.zeros(frames.shape, jnp.bool_)}
 
 
 def _longer(x: Array, frames: int) -> Array:  # (... t heads d) -> (... frames heads d)

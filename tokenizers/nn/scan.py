@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 
 from ..errors import pick
+from .conv import STREAM
 
 Array = jax.Array
 
@@ -65,7 +66,7 @@ def scan_layers(
         step = nn.remat(step, policy=policy, prevent_cse=False)  # a scan keeps the two passes apart by itself
     run = nn.scan(
         step,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, STREAM: 0},
         split_rngs={"params": True, "dropout": True},
         length=depth,
     )

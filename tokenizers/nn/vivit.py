@@ -8,6 +8,7 @@ As in lucidrains/phenaki-pytorch (``cvivit.py``, ``attention.py``), the code of 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from .conv import CausalConv3d, Conv3d, starts_clip
 from .norm import LayerNorm, UnitNorm
 from .posemb import apply_rotary
 from .resample import depth_to_space, space_to_depth
+from .scan import scan_layers
 
 Array = jax.Array
 Factory = Callable[..., nn.Module]
@@ -211,14 +213,27 @@ class Layer(nn.Module):
             x = x + self.position(name="position")(x)
         options = {} if bias is None else {"bias": bias}
         x = x + self.attention(name="attention")(x, **options)
-        return x + FeedForward(dtype=self.dtype, name="feed_forward")(x)
+        return constrain_grid(x + FeedForward(dtype=self.dtype, name="feed_forward")(x))
+
+
+class Run(nn.Module):
+    """Equal layers one after the other, scanned: ``layer(name=...)`` makes one."""
+
+    layer: Factory
+    depth: int
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array | None = None) -> Array:  # (b t h w c) -> same
+        return scan_layers(self.layer(name="layers"), self.depth, x, remat="full" if self.remat else "none", bias=bias)
 
 
 class Transformer(nn.Module):
     """`Layer`s and a layer norm with a scale only.
 
     Attributes:
-      layers: ``layer(name=...)`` makes one, for each of them; a bias given to the call goes to all.
+      layers: ``layer(name=...)`` makes one, for each of them; a bias given to the call goes to all. Neighbours that are
+        the same object are one `Run`, ``from{i}``, i being the place of its first layer.
       remat: recompute layers in the backward pass instead of keeping their activations.
       dtype: compute dtype.
     """
@@ -229,9 +244,11 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, bias: Array | None = None) -> Array:  # (b t h w c) -> same
-        for i, make in enumerate(self.layers):
-            layer = functools.partial(nn.remat(make.func), **make.keywords) if self.remat else make
-            x = constrain_grid(layer(name=f"layer{i}")(x, bias))
+        start = 0
+        for layer, equal in itertools.groupby(self.layers):
+            depth = len(tuple(equal))
+            x = Run(layer, depth, self.remat, name=f"from{start}")(x, bias)
+            start += depth
         return LayerNorm(epsilon=1e-5, use_bias=False, dtype=self.dtype, name="norm_out")(x)
 
 
