@@ -100,7 +100,7 @@ def _kept(state: Any, name: str) -> Any:
     return with_room(state)
 
 
-@functools.partial(platform.jit, static_argnums=0, donate_argnums=2)  # the state goes in and comes out
+@functools.partial(platform.jit, lean=True, static_argnums=0, donate_argnums=2)  # the state goes in and comes out
 def _encode_chunk(module: nn.Module, variables, state, pixels):
     spec, size = module.spec, getattr(module, "input_size", None)
     # Frames fit already; in a later chunk their number is not that of a clip.
@@ -109,13 +109,13 @@ def _encode_chunk(module: nn.Module, variables, state, pixels):
     return module.apply(dict(whole(variables)) | state, video, method="encode", mutable=[_STREAM])
 
 
-@functools.partial(platform.jit, static_argnums=0, donate_argnums=2)  # the state goes in and comes out
+@functools.partial(platform.jit, lean=True, static_argnums=0, donate_argnums=2)  # the state goes in and comes out
 def _decode_chunk(module: nn.Module, variables, state, latents):
     latents = _as_latents(module, variables, latents)
     return module.apply(dict(whole(variables)) | state, latents, method="decode", mutable=[_STREAM])
 
 
-@functools.partial(platform.jit, static_argnums=0)
+@functools.partial(platform.jit, lean=True, static_argnums=0)
 def _decode_last_chunk(module: nn.Module, variables, state, latents):
     # Layers that look ahead take a call that leaves no history for the last one.
     return module.apply(dict(whole(variables)) | state, _as_latents(module, variables, latents), method="decode"), {}

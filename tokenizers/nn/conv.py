@@ -16,7 +16,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from ..errors import pick, unknown
-from ..parallel.constrain import splits
+from ..parallel.constrain import divided, splits
 from . import lowering as lowerings
 
 Array = jax.Array
@@ -155,6 +155,33 @@ def starts_clip(module: nn.Module) -> bool:
     if not started and streams(module):
         module.put_variable(STREAM, "started", jnp.zeros((), jnp.bool_))
     return not started
+
+
+def leave(module: nn.Module, history: Array, result: Array) -> Array:
+    """Leaves ``history`` in the place of that of the chunk before, from which ``result`` came, and returns ``result``.
+
+    A donated history can be written over as soon as nothing reads it any more. The CPU's compiler does not see to that
+    (it drops barriers, keeps old and new ones and copies them when all else is done: 5 GiB for 2160p video), so there
+    the new history depends on the result, and the result on the new history, by choices that fall one way: no number
+    is above infinity. The values do not change.
+    """
+    before = module.get_variable(STREAM, "history", history)
+    if module.has_variable(STREAM, "history") and history.size and result.size and not divided():
+
+        def in_turn(before, history, result):
+            history = jnp.where(_first(result) > jnp.inf, before.astype(history.dtype), history)
+            return history, jnp.where(_first(history) > jnp.inf, 0, result)
+
+        def as_they_are(before, history, result):
+            return history, result
+
+        history, result = jax.lax.platform_dependent(before, history, result, cpu=in_turn, default=as_they_are)
+    module.put_variable(STREAM, "history", history)
+    return result
+
+
+def _first(x: Array) -> Array:
+    return x[(0,) * x.ndim]
 
 
 # ------------------------------------------------------------------------------------------------------------ modules
@@ -301,19 +328,21 @@ class CausalConv3d(_Conv):
             first = x[:, :1] if self.time_mode == "replicate" else jnp.zeros_like(x[:, :1])
             history = jnp.repeat(first, front, axis=1)
         x = jnp.concatenate([history.astype(x.dtype), x], axis=1)
-        self._keep(x, extent, strides[0])
-        return self.apply_kernel(x, kernel, bias, ((0, 0), *pads))
+        left = self._left(x, extent, strides[0])
+        y = self.apply_kernel(x, kernel, bias, ((0, 0), *pads))
+        return y if left is None else leave(self, left, y)
 
-    def _keep(self, x: Array, extent: int, stride: int) -> None:
+    def _left(self, x: Array, extent: int, stride: int) -> Array | None:
+        """What the next chunk needs of this one and its history ``x``; ``None`` where nothing streams."""
         if not streams(self):
-            return
+            return None
         used = max((x.shape[1] - extent) // stride + 1, 0) * stride
         if used == 0 or used > x.shape[1]:
             raise ValueError(
                 f"a chunk of {x.shape[1]} frames (history included) does not fit a temporal kernel of extent {extent} "
                 f"and stride {stride}: it must hold at least {extent} frames, and whole strides."
             )
-        self.put_variable(STREAM, "history", x[:, used:])
+        return x[:, used:]
 
 
 class FactorizedConv3d(nn.Module):

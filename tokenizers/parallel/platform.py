@@ -45,8 +45,17 @@ def run_once_options() -> dict[str, bool | int | str]:
     return compiler_options() | ({"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {})
 
 
-def jit(function: Callable, **options: Any) -> Callable:
-    """`jax.jit` with `compiler_options`; inside another transformation, where JAX takes none, without.
+def lean_options() -> dict[str, bool | int | str]:
+    """`compiler_options` for a program whose memory counts: the same operations in another order.
+
+    On the CPU, XLA orders operations so that many of them could run at a time, and keeps what they read.
+    """
+    lean = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    return compiler_options() | (lean if jax.default_backend() == "cpu" else {})
+
+
+def jit(function: Callable, *, lean: bool = False, **options: Any) -> Callable:
+    """`jax.jit` with `compiler_options` or `lean_options`; in another transformation, where JAX takes none, without.
 
     The platform is looked up at the first call, so modules may wrap functions while they are imported.
     """
@@ -54,7 +63,7 @@ def jit(function: Callable, **options: Any) -> Callable:
 
     @functools.cache
     def outermost() -> Callable:
-        return jax.jit(function, compiler_options=compiler_options(), **options)
+        return jax.jit(function, compiler_options=lean_options() if lean else compiler_options(), **options)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
