@@ -92,7 +92,7 @@ def get_config(arg=None):
         config.steps = 300
         vqgan = smoke(config)
         config.ema_decay = 0.97
-        config.evaluation.every = 25
+        config.evaluation.every = 50
         for part in (config.loss.tokens, config.init_parts.pixels):
             part.model.unlock()
             part.model.update(vqgan.to_dict())

@@ -56,11 +56,11 @@ WITHOUT_FILES = {
     "gram_weight": 0.0,
     "alignment": {"network": None},
 }
-# A small network with the patches of the published sizes.
+# A small network with the patches and the codes of the published sizes.
 RANDOM_TOKENS = {
     "model": {
         "name": "maskgit_vqgan",
-        "bottleneck": {"name": "vq", "codebook_size": 64, "code_dim": 8},
+        "bottleneck": {"name": "vq", "codebook_size": 1024, "code_dim": 8},
         "latent_channels": 8,
         "widths": (32, 32, 32, 32, 32),
         "blocks": 1,
