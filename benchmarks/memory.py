@@ -1,12 +1,13 @@
 """Memory of one device, from compiled programs: streaming at any size, and what recomputing saves in training.
 
     python benchmarks/memory.py stream [--models cosmos-1.0-cv8x8x8 ...] [--size 1080 1920] [--chunk 8]
-        [--dtype bfloat16] [--tpu v5p:2x2x1]
+        [--tile 640 768] [--dtype bfloat16] [--tpu v5p:2x2x1]
     python benchmarks/memory.py remat [--config kl_f8] [--values False True] [--size 128 128] [--frames 9] [--batch 1]
         [--rounds 3] [--only_kept]
 
 ``stream`` compiles a later chunk of a clip, history and parameters included, and runs nothing: peak bytes do not grow
-with the clip, except for models whose attention sees the whole past. ``remat`` says, for each value of
+with the clip, except for models whose attention sees the whole past. With ``--tile``, models that can be streamed in
+tiles have a second line, for the larger of their programs (a tile, the rest). ``remat`` says, for each value of
 ``config.model.remat``, what a recipe's model keeps for its backward pass, and compiles and times the training step;
 ``--rounds 0`` only compiles, ``--only_kept`` does not even that.
 
@@ -32,7 +33,7 @@ from vistok.parallel import platform, traffic  # noqa: E402
 from vistok.train import build, dryrun  # noqa: E402
 from vistok.train.config import to_dict  # noqa: E402
 
-from vistok import pixels, registry, streaming  # noqa: E402
+from vistok import bands, pixels, registry, streaming  # noqa: E402
 
 STREAMED = ("cosmos-1.0-cv8x8x8", "cosmos-1.0-dv8x16x16", "vidtok-kl-causal-488-4chn", "vidtok-fsq-causal-488-32768")
 
@@ -47,15 +48,18 @@ def stream(options):
     options_of_compiler = {} if options.tpu else platform.run_once_options()
     for name in options.models:
         module = registry.build(name, dtype=jnp.dtype(options.dtype))
+        variables = registry.abstract_variables(module)
         size = pixels.fitted(module.spec, None, (1, 1, *options.size, 3), strict=False)[2:4]
-        numbers = [
-            f"{count / 2**30:.1f}"
-            for _, lowered, history in streaming.later_chunks(
-                module, registry.abstract_variables(module), size, options.chunk, device
-            )
-            for count in (traffic.peak_bytes(lowered.compile(options_of_compiler)), history)
-        ]
-        print(f"| {name} | {options.chunk}x{size[0]}x{size[1]} | {' | '.join(numbers)} |", flush=True)
+        ways = {"": streaming.later_chunks(module, variables, size, options.chunk, device)}
+        if options.tile and getattr(module, "halo", None):
+            parts = bands.later_parts(module, variables, size, options.chunk, options.tile, device)
+            ways |= {f" in tiles of {options.tile[0]}x{options.tile[1]}": parts}
+        for way, programs in ways.items():
+            needed = {"encode": [(0, 0)], "decode": [(0, 0)]}
+            for method, *_, lowered, history in programs:
+                needed[method].append((traffic.peak_bytes(lowered.compile(options_of_compiler)), history))
+            numbers = [f"{count / 2**30:.1f}" for both in needed.values() for count in max(both)]
+            print(f"| {name} | {options.chunk}x{size[0]}x{size[1]}{way} | {' | '.join(numbers)} |", flush=True)
 
 
 def kept(config_name, options, value):
@@ -101,6 +105,7 @@ def main():
     parser.add_argument("--values", nargs="+", default=("False", "True"))
     parser.add_argument("--size", type=int, nargs=2, help="height and width; default 1080 1920, 128 128")
     parser.add_argument("--chunk", type=int, default=8, help="frames")
+    parser.add_argument("--tile", type=int, nargs=2, help="height and width of tiles in pixels, halo included")
     parser.add_argument("--tpu", help="compile for a TPU that need not be here, e.g. v5p:2x2x1; needs libtpu")
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--batch", type=int, default=1)

@@ -25,8 +25,8 @@ from tokenizers.convert import engine
 from tokenizers.convert import lpips as lpips_table
 from tokenizers.convert import vidtok as table
 from tokenizers.data import transforms
+from tokenizers.evaluate.temporal_tiles import temporal_tiles
 from tokenizers.losses import adversarial, perceptual
-from tokenizers.models.vidtok import temporal_tiles
 from tokenizers.networks.lpips import LPIPS
 from tokenizers.parallel import platform
 from tokenizers.quantize.fsq import FSQ

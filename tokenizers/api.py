@@ -124,7 +124,7 @@ class Tokenizer:
         pixels = _as_array(pixels)
         return pixel_values.cropped(self.spec, self.decode(self.encode(pixels).latents, text), tuple(pixels.shape))
 
-    def encode_stream(self, chunks: Iterable[Any]) -> Iterator[Encoding]:
+    def encode_stream(self, chunks: Iterable[Any], tile: int | tuple[int, int] | None = None) -> Iterator[Encoding]:
         """Encodes a video of any length in constant memory; together the results are `encode` of the whole video.
 
         Only for causal video tokenizers. Chunks may have any lengths: frames wait until ``compression[0]`` of them make
@@ -134,13 +134,16 @@ class Tokenizer:
 
         Args:
           chunks: consecutive pixels ``(B, t, H, W, C)``, as in `encode`.
+          tile: at most so high and wide, in pixels, or one number for both, is the part of a frame that the device
+            computes at a time; histories of all others wait in the memory of the host. The results are the same. For
+            models that are local above their coarsest grid (VidTok). Larger tiles lose less to their borders.
 
         Yields:
           `Encoding` of the latent frames that have become complete, in order.
         """
-        return streaming.encode(self.module, self.name, self._run, chunks)
+        return streaming.encode(self.module, self.name, self._run, chunks, self._tile(tile))
 
-    def decode_stream(self, chunks: Iterable[Any]) -> Iterator[Array]:
+    def decode_stream(self, chunks: Iterable[Any], tile: int | tuple[int, int] | None = None) -> Iterator[Array]:
         """Decodes a video of any length in constant memory; together the results are `decode` of the whole.
 
         Only for causal video tokenizers.
@@ -148,6 +151,7 @@ class Tokenizer:
         Args:
           chunks: consecutive latents ``(B, t', H', W', D)``, indices ``(B, t', H', W')``, or what `encode_stream`
             yields.
+          tile: as in `encode_stream`.
 
         Yields:
           float32 pixels of every chunk: ``compression[0]`` frames per latent frame, but one for the first of all. What
@@ -155,7 +159,14 @@ class Tokenizer:
           ``spec.fills_front`` the first latent frame gives ``compression[0]`` frames as well, of which only the last
           one went in. With ``spec.lookahead`` pixels come that many latent frames later, and the rest at the end.
         """
-        return streaming.decode(self.module, self.name, self._run, chunks)
+        return streaming.decode(self.module, self.name, self._run, chunks, self._tile(tile))
+
+    def _tile(self, tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
+        if tile is not None and self.mesh is not None:
+            raise ValueError(
+                f"tile={tile} is for one device; {self.name} is laid out over a mesh, which splits frames."
+            )
+        return (tile, tile) if isinstance(tile, int) else tile and tuple(tile)
 
     def features(self, pixels, layers: Sequence[int] = (-1,), bottleneck: bool = False) -> list[tuple[Array, Array]]:
         """What an encoder that understands (VTP) has found behind some of its layers, float32.

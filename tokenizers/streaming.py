@@ -9,7 +9,6 @@ full: a program for each doubling of the length.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from . import errors
 from . import pixels as pixel_values
+from .bands import InTiles, Run, quietly
 from .nn.attention import with_room
 from .parallel import platform
 from .parallel.constrain import constrain, whole
@@ -28,20 +28,23 @@ from .types import Array, Encoding, Spec
 _STREAM = "stream"
 _NAMES = ("batch", "time", "height", "width", "channel")
 
-# Calls a function of (module, variables, state, value) with the first two filled in, on the devices of the tokenizer.
-Run = Callable[[Callable, Any, Any], tuple[Any, Any]]
 
-
-def encode(module: nn.Module, name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Encoding]:
+def encode(
+    module: nn.Module, name: str, run: Run, chunks: Iterable[Any], tile: tuple[int, int] | None = None
+) -> Iterator[Encoding]:
     """See `api.Tokenizer.encode_stream`."""
     spec = _streaming_spec(module, name)
-    return _encodings(spec, name, run, _checked_pixels(spec, chunks))
+    step = functools.partial(_encode_whole, run, name) if tile is None else InTiles(module, name, run, tile).encode
+    return _encodings(spec, step, _checked_pixels(spec, chunks))
 
 
-def decode(module: nn.Module, name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Array]:
+def decode(
+    module: nn.Module, name: str, run: Run, chunks: Iterable[Any], tile: tuple[int, int] | None = None
+) -> Iterator[Array]:
     """See `api.Tokenizer.decode_stream`."""
     spec = _streaming_spec(module, name)
-    return _pixels(spec, name, run, _checked_latents(spec, name, chunks))
+    step = functools.partial(_decode_whole, run, name) if tile is None else InTiles(module, name, run, tile).decode
+    return _pixels(spec, step, _checked_latents(spec, name, chunks))
 
 
 def _streaming_spec(module: nn.Module, name: str) -> Spec:
@@ -52,28 +55,28 @@ def _streaming_spec(module: nn.Module, name: str) -> Spec:
     return spec
 
 
-def _encodings(spec: Spec, name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Encoding]:
+def _encodings(spec: Spec, step: Callable, chunks: Iterable[Any]) -> Iterator[Encoding]:
     state: dict[str, Any] = {}
     for pixels in regroup(chunks, int(spec.first_frame_alone), spec.compression[0]):
-        encoding, state = _quietly(run, _encode_chunk, state, pixels)
-        state = _kept(state, name)
+        encoding, state = step(state, pixels)
         yield encoding
 
 
-def _pixels(spec: Spec, name: str, run: Run, chunks: Iterable[Any]) -> Iterator[Array]:
+def _pixels(spec: Spec, step: Callable, chunks: Iterable[Any]) -> Iterator[Array]:
     state: dict[str, Any] = {}
     for latents, last in _held_back(chunks, spec.lookahead):
-        pixels, state = _quietly(run, _decode_last_chunk if last else _decode_chunk, state, latents)
-        if not last:
-            state = _kept(state, name)
+        pixels, state = step(state, latents, last)
         yield pixels
 
 
-def _quietly(run: Run, function: Callable, state: Any, value: Any) -> tuple[Any, Any]:
-    """Keys of attention outgrow their buffers now and then; JAX would warn that it cannot use these again."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        return run(function, state, value)
+def _encode_whole(run: Run, name: str, state: Any, pixels: Any) -> tuple[Encoding, Any]:
+    encoding, state = quietly(run, _encode_chunk, state, pixels)
+    return encoding, _kept(state, name)
+
+
+def _decode_whole(run: Run, name: str, state: Any, latents: Any, last: bool) -> tuple[Array, Any]:
+    pixels, state = quietly(run, _decode_last_chunk if last else _decode_chunk, state, latents)
+    return pixels, state if last else _kept(state, name)
 
 
 def _held_back(chunks: Iterable[Any], count: int) -> Iterator[tuple[Any, bool]]:

@@ -108,7 +108,7 @@ def fields_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
     config = config.get("model", config)
     engine = config["params"]
     if engine.get("use_tiling", False):
-        raise ValueError("use_tiling=True is no property of a model: see `tokenizers.models.vidtok.temporal_tiles`.")
+        raise ValueError("use_tiling=True is no property of a model: see `tokenizers.evaluate.temporal_tiles`.")
     parts = engine["encoder_config"], engine["decoder_config"]
     network, decoder = (_parameters(part, parts[0]) for part in parts)
     if network != decoder:

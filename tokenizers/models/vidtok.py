@@ -21,17 +21,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from .. import errors
 from ..nn.attention import SpatialAttention
 from ..nn.blocks import AttentionBlock, ResBlock
 from ..nn.conv import STREAM, CausalConv3d, Conv2d, Conv3d, starts_clip, streams
+from ..nn.local import InSteps, Step, halo
 from ..nn.norm import GroupNorm, LayerNorm, group_normalize
 from ..nn.resample import Downsample, Upsample, repeat_first_frame, upsample_nearest
-from ..parallel import platform
 from ..parallel.constrain import constrain
 from ..quantize.fsq import FSQ
 from ..types import Array, Encoding, Spec, Variant
@@ -205,7 +203,7 @@ TIME: Mapping[str, Time] = {
     ),
     "causal-v1.1": _V1_1,
     "causal-v1.1-nearest": dataclasses.replace(_V1_1, double=_nearest, lookahead=0),
-    # The authors' own tiles, which depart from the whole clip: see `tiled`.
+    # The authors' own tiles, which depart from the whole clip: see `evaluate/temporal_tiles.py`.
     "causal-v1.1-overlap": dataclasses.replace(_V1_1, double=lambda first, name: OverlappingTiles(first, name=name)),
     "causal-v1.1-separate": dataclasses.replace(
         _V1_1, double=lambda first, name: SeparateTiles(first, name=name), lookahead=0
@@ -231,16 +229,20 @@ class _GroupNormOverTime(GroupNorm):
 
 @dataclasses.dataclass(frozen=True)
 class Norms:
-    """``norms.space(name=...)`` and so on: the normalizations of 2D blocks, of 1D blocks, and of all that is 3D."""
+    """``norms.space(name=...)`` and so on: the normalizations of 2D blocks, of 1D blocks, and of all that is 3D.
+
+    ``local``: each position is normalized alone.
+    """
 
     space: Callable[..., nn.Module]
     time: Callable[..., nn.Module]
     both: Callable[..., nn.Module]
+    local: bool = False
 
 
 def _layer_norms(causal: bool, dtype: Any) -> Norms:
     norm = functools.partial(LayerNorm, dtype=dtype)
-    return Norms(norm, norm, norm)
+    return Norms(norm, norm, norm, local=True)
 
 
 def _group_norms(causal: bool, dtype: Any) -> Norms:
@@ -301,7 +303,7 @@ def _blend(module: nn.Module, fixed: Array, learned: Array) -> Array:
     return alpha * fixed + (1 - alpha) * learned
 
 
-class _Network(nn.Module):
+class _Network(InSteps):
     """Fields and blocks of encoder and decoder; fields as in `Model`."""
 
     out_channels: int
@@ -321,8 +323,16 @@ class _Network(nn.Module):
     def conv3d(self, features: int, name: str) -> nn.Module:
         return self.time.conv(features, dtype=self.dtype, kernel_init=_KERNEL, name=name)
 
-    def pairs(self, x: Array, features: int, count: int, level: int) -> Array:
-        """``count`` times a block of each frame and one of each pixel over time."""
+    def level(self, level: int, count: int) -> Step:
+        """``count`` times a block of each frame, two convolutions, and one of each pixel over time."""
+        return Step(functools.partial(self.pairs, level, count), self.reach(2 * count))
+
+    def reach(self, convolutions: int) -> int | None:
+        """That of so many of 3x3 and their norms."""
+        return convolutions if self.norms.local else None
+
+    def pairs(self, level: int, count: int, x: Array) -> Array:
+        features = self.channels * self.multipliers[level]
         space = functools.partial(Conv2d, dtype=self.dtype, kernel_init=_KERNEL)
         over_time = functools.partial(self.time.conv, kernel_size=(3, 1, 1), dtype=self.dtype)
         first, last = (
@@ -345,43 +355,53 @@ class _Network(nn.Module):
     def end(self, x: Array) -> Array:
         return self.conv3d(self.out_channels, "conv_out")(nn.swish(self.norms.both(name="norm_out")(x)))
 
+    def resampled(self, kind: Callable[..., nn.Module], name: str, x: Array) -> Array:
+        """``kind`` keeps the channels."""
+        return kind(x.shape[-1], dtype=self.dtype, name=name)(x)
+
 
 class Encoder(_Network):
-    """Pixels to the bottleneck's input."""
+    """Pixels to the bottleneck's input: (b t h w 3) -> (b t' h' w' d)."""
 
-    @nn.compact
-    def __call__(self, pixels: Array) -> Array:  # (b t h w 3) -> (b t' h' w' d)
-        x = self.time.fill(pixels.astype(self.dtype), 2 ** len(self.time_levels), starts_clip(self))
-        x = self.conv3d(self.channels, "conv_in")(x)
-        for level, multiplier in enumerate(self.multipliers):
-            features = self.channels * multiplier
-            x = self.pairs(x, features, self.blocks, level)
+    def steps(self) -> list[Step]:
+        steps = [Step(self.begin, 1)]
+        for level in range(len(self.multipliers)):
+            steps.append(self.level(level, self.blocks))
             if level in self.space_levels:
-                x = Downsample(features, dtype=self.dtype, kernel_init=_KERNEL, name=f"level{level}_halve_space")(x)
+                halve = functools.partial(Downsample, kernel_init=_KERNEL)
+                steps.append(Step(functools.partial(self.resampled, halve, f"level{level}_halve_space"), 1, down=2))
             if level in self.time_levels:
-                x = HalveTime(features, self.time, self.dtype, name=f"level{level}_halve_time")(x)
-        return self.end(self.middle(x))
+                halve = functools.partial(HalveTime, time=self.time)
+                steps.append(Step(functools.partial(self.resampled, halve, f"level{level}_halve_time"), 1))
+        return [*steps, Step(self.middle, None), Step(self.end, self.reach(1))]
+
+    def begin(self, pixels: Array) -> Array:
+        x = self.time.fill(pixels.astype(self.dtype), 2 ** len(self.time_levels), starts_clip(self))
+        return self.conv3d(self.channels, "conv_in")(x)
 
 
 class Decoder(_Network):
-    """Latents to pixels."""
+    """Latents to pixels: (b t' h' w' d) -> (b t h w 3)."""
 
-    @nn.compact
-    def __call__(self, latents: Array) -> Array:  # (b t' h' w' d) -> (b t h w 3)
-        factor, first = 2 ** len(self.time_levels), 1
-        drops = self.time.drops and starts_clip(self)
-        x = self.conv3d(self.channels * self.multipliers[-1], "conv_in")(latents.astype(self.dtype))
-        x = self.middle(x)
+    def steps(self) -> list[Step]:
+        steps, first = [Step(self.begin, 1), Step(self.middle, None)], 1
         for level in reversed(range(len(self.multipliers))):
-            features = self.channels * self.multipliers[level]
-            x = self.pairs(x, features, self.blocks + 1, level)
+            steps.append(self.level(level, self.blocks + 1))
             if level in self.space_levels:
-                x = Upsample(features, dtype=self.dtype, kernel_init=_KERNEL, name=f"level{level}_double_space")(x)
+                double = functools.partial(Upsample, kernel_init=_KERNEL)
+                steps.append(Step(functools.partial(self.resampled, double, f"level{level}_double_space"), 1, up=2))
             if level in self.time_levels:
-                x = DoubleTime(features, first, self.time, self.dtype, name=f"level{level}_double_time")(x)
+                double = functools.partial(DoubleTime, first=first, time=self.time)
+                steps.append(Step(functools.partial(self.resampled, double, f"level{level}_double_time"), 1))
                 first *= 2
+        return [*steps, Step(self.pixels, self.reach(1))]
+
+    def begin(self, latents: Array) -> Array:
+        return self.conv3d(self.channels * self.multipliers[-1], "conv_in")(latents.astype(self.dtype))
+
+    def pixels(self, x: Array) -> Array:
         x = self.end(x).astype(jnp.float32)
-        return x[:, factor - 1 :] if drops else x
+        return x[:, 2 ** len(self.time_levels) - 1 :] if self.time.drops and starts_clip(self) else x
 
 
 class Model(nn.Module):
@@ -415,18 +435,19 @@ class Model(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
+        self.encoder, self.decoder = self._networks()
+        if self.projected:
+            self.project_in = nn.Dense(len(self.bottleneck.levels))
+            self.project_out = nn.Dense(self.latent_channels)
+
+    def _networks(self, **options: Any) -> tuple[Encoder, Decoder]:
         time = errors.pick("family", self.time, dict(TIME))
         norms = errors.pick("norm", self.norm, NORMS)(time.causal, self.dtype)
         width = (self.channels, self.multipliers, self.blocks)
         shared = (time, norms, self.dtype, self.remat)
-        out = self.latent_channels
-        if self.projected:
-            self.project_in = nn.Dense(len(self.bottleneck.levels))
-            self.project_out = nn.Dense(self.latent_channels)
-        else:
-            out = self.bottleneck.input_channels(self.latent_channels)
-        self.encoder = Encoder(out, *width, self.space_down, self.time_down, *shared)
-        self.decoder = Decoder(3, *width, self.space_up, self.time_up, *shared)
+        out = self.latent_channels if self.projected else self.bottleneck.input_channels(self.latent_channels)
+        encoder = Encoder(out, *width, self.space_down, self.time_down, *shared, **options)
+        return encoder, Decoder(3, *width, self.space_up, self.time_up, *shared, **options)
 
     @property
     def projected(self) -> bool:
@@ -448,17 +469,32 @@ class Model(nn.Module):
             lookahead=time.lookahead,
         )
 
-    def encode(self, pixels: Array, train: bool = False) -> Encoding:
-        """``(B, T, H, W, 3)`` in [-1, 1] -> ``(B, T', H', W', D)``; which T fit says the head of this file."""
-        z = self.encoder(constrain(pixels, *_AXES)).astype(jnp.float32)
+    @property
+    def halo(self) -> tuple[int, int] | None:
+        """Latent cells at the border of a tile that the ``local`` part of encoder and decoder gets wrong."""
+        encoder, decoder = (halo(half.part("local")) for half in self._networks(parent=None))
+        return None if encoder is None or decoder is None else (encoder, -(-decoder // 2 ** len(self.space_up)))
+
+    def encode(self, pixels: Array, train: bool = False, part: str = "all") -> Encoding | Array:
+        """``(B, T, H, W, 3)`` in [-1, 1] -> ``(B, T', H', W', D)``; which T fit says the head of this file.
+
+        ``part="local"`` gives features ``(B, T', H', W', C)``, of which ``"rest"`` makes the same encoding.
+        """
+        z = self.encoder(constrain(pixels, *_AXES), part)
+        if part == "local":
+            return z
+        z = z.astype(jnp.float32)
         if not self.projected:
             return self.bottleneck(z, train)
         encoding = self.bottleneck(self.project_in(z), train)
         return encoding.replace(latents=self.project_out(encoding.latents))
 
-    def decode(self, latents: Array, train: bool = False) -> Array:
-        """``(B, T', H', W', D)`` -> ``(B, T, H, W, 3)``, T = f T' (v1.0: less f - 1); v1.1's clip is the end of it."""
-        return self.decoder(constrain(latents, *_AXES))
+    def decode(self, latents: Array, train: bool = False, part: str = "all") -> Array:
+        """``(B, T', H', W', D)`` -> ``(B, T, H, W, 3)``, T = f T' (v1.0: less f - 1); v1.1's clip is the end of it.
+
+        ``part="rest"`` gives features ``(B, T', H', W', C)``, of which ``"local"`` makes the same pixels.
+        """
+        return self.decoder(constrain(latents, *_AXES), part)
 
     def indices_to_latents(self, indices: Array) -> Array:  # (b t' h' w') -> (b t' h' w' d)
         codes = self.bottleneck.indices_to_codes(indices)
@@ -468,71 +504,6 @@ class Model(nn.Module):
         encoding = self.encode(pixels, train)
         # v1.1 gives the frames that filled the clip, too; the others never give more than they got.
         return self.decode(encoding.latents, train)[:, -pixels.shape[1] :], encoding
-
-
-# ------------------------------------------------------------------------------------------- the authors' tiles of time
-
-_TILES = {("causal-v1.1", True): "causal-v1.1-overlap", ("causal-v1.1", False): "causal-v1.1-separate"}
-_TILES |= {("causal-v1.1-nearest", overlap): "causal-v1.1-nearest" for overlap in (True, False)}
-
-
-def temporal_tiles(
-    module: Model, variables: Mapping[str, Any], pixels: Array, chunk: int = 16, overlap: bool = True
-) -> tuple[Array, Encoding]:
-    """Reconstruction and encoding as v1.1's own code computes them with ``use_tiling``; its published numbers do.
-
-    Decoding departs from that of the whole clip: a little near the start with ``overlap`` (whatever the chunk), a lot
-    and everywhere without, which is the official default. `Tokenizer.encode_stream` and ``decode_stream`` need as
-    little memory and are exact. With nearest interpolation all agree.
-
-    Args:
-      module: a v1.1 model.
-      variables: its variables.
-      pixels: ``(B, T, H, W, 3)`` in [-1, 1]. The first tile has one frame. The last one may be shorter; unless it is a
-        multiple of f, it is filled in front, amid the clip, and shifts what follows.
-      chunk: frames of a tile, ``t_chunk_enc``; at least f.
-      overlap: ``use_overlap``.
-
-    Returns:
-      (pixels of the shape of the input, `Encoding` of all tiles, losses averaged over them).
-    """
-    module = module.clone(time=errors.pick("family and overlap", (module.time, overlap), _TILES))
-    if chunk < module.spec.compression[0]:
-        raise ValueError(f"chunk={chunk} must be at least {module.spec.compression[0]} frames.")
-    frames, state, parts = pixels.shape[1], {}, []
-    for start, stop in _tiles(frames, 1, chunk):
-        part, state = _encode_tile(module, variables, state, pixels[:, start:stop])
-        parts.append(part)
-    losses = {name: sum(part.losses[name] for part in parts) / len(parts) for name in parts[0].losses}
-    parts = [part.replace(losses={}) for part in parts]
-    encoding = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *parts).replace(losses=losses)
-
-    latents, state, decoded = encoding.latents, {}, []
-    if module.time == "causal-v1.1-overlap" and latents.shape[1] > 1:
-        _, state = _decode_tile(module, False, variables, state, latents[:, :2])
-        seams = {path: value for path, value in traverse_util.flatten_dict(state).items() if path[-1] == "seam"}
-        state = traverse_util.unflatten_dict(seams)
-    for start, stop in _tiles(latents.shape[1], 1, chunk // module.spec.compression[0]):
-        last = stop == latents.shape[1]
-        part, state = _decode_tile(module, last, variables, state, latents[:, start:stop])
-        decoded.append(part)
-    return jnp.concatenate(decoded, axis=1)[:, -frames:], encoding
-
-
-def _tiles(count: int, first: int, step: int) -> list[tuple[int, int]]:
-    edges = [0, *range(first, count, step), count]
-    return list(zip(edges, edges[1:], strict=False))
-
-
-@functools.partial(platform.jit, static_argnums=0)
-def _encode_tile(module: Model, variables, state, pixels):
-    return module.apply(dict(variables) | state, pixels, method="encode", mutable=[STREAM])
-
-
-@functools.partial(platform.jit, static_argnums=(0, 1))
-def _decode_tile(module: Model, last: bool, variables, state, latents):
-    decoded = module.apply(dict(variables) | state, latents, method="decode", mutable=not last and [STREAM])
-    return (decoded, {}) if last else decoded
 
 
 # ------------------------------------------------------------------------------------------------------------ variants
