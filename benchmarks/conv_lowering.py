@@ -20,7 +20,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from tokenizers.nn.conv import convolve  # noqa: E402
 from tokenizers.parallel import platform  # noqa: E402
 
-# Kernel ([time,] height, width), channels in and out, input ([frames,] height, width).
+# Kernel ([time,] height, width), its channels in and out, input ([frames,] height, width). Of one channel in, every
+# channel is convolved alone.
 CASES = [
     ((1, 3, 3), 128, 128, (5, 64, 64)),
     ((1, 3, 3), 512, 512, (5, 16, 16)),
@@ -35,16 +36,18 @@ CASES = [
     ((3, 3), 256, 256, (64, 64)),
     ((3, 3), 512, 512, (16, 16)),
     ((4, 4), 64, 128, (64, 64)),
+    ((4, 4), 1, 512, (64, 64)),
+    ((7, 7), 1, 96, (56, 56)),
 ]
 PASSES = ("forward", "kernel", "both")
 
 
-def programs(kernel_size, part):
+def programs(kernel_size, groups, part):
     *time, _, _ = kernel_size
     pads = (*((size - 1, 0) for size in time), *((size // 2, size // 2) for size in kernel_size[-2:]))
 
     def forward(x, kernel, lowering):
-        return convolve(x, kernel, padding=pads, lowering=lowering)
+        return convolve(x, kernel, padding=pads, groups=groups, lowering=lowering)
 
     def of_kernel(x, kernel, lowering):
         return jax.grad(lambda kernel: forward(x, kernel, lowering).sum())(kernel)
@@ -72,10 +75,11 @@ def main():
     print(f"{'kernel':>8} {'in':>4} {'out':>4} {'pass':>8} {'native':>9} {'picked':>9} {'ratio':>6}")
     for kernel_size, inputs, outputs, (*t, h, w) in CASES:
         shrink = 4 if options.small else 1
-        x = jnp.ones((1, *t, h // shrink, w // shrink, inputs))
+        groups = outputs if inputs == 1 else 1
+        x = jnp.ones((1, *t, h // shrink, w // shrink, groups * inputs))
         kernel = jnp.ones((*kernel_size, inputs, outputs))
         for label in PASSES:
-            runs = programs(kernel_size, label)
+            runs = programs(kernel_size, groups, label)
             best = {name: float("inf") for name in runs}
             for run in runs.values():
                 jax.block_until_ready(run(x, kernel))

@@ -17,9 +17,10 @@ where its sizes are not the published ones, config.model.proxy has them:
 
     --config.loss.tokens.path=<run> --config.init_parts.pixels.path=<run>
 
-``smoke`` takes minutes on a CPU, on the embedded photographs, with the tokens of a small VQGAN. Train that first, since
-through its decoder held-out pictures are seen; without the two paths its weights are random, and pictures are noise
-until the second stage, though the cross entropy falls.
+``smoke`` takes minutes on a CPU, with the tokens of a small VQGAN, on drawn shapes: those of the few embedded
+photographs are soon known by heart. Train the VQGAN first, since through its decoder held-out pictures are seen;
+without the two paths its weights are random, and pictures are noise until the second stage, though the cross entropy
+falls.
 
     python train.py --config=configs/maskgit_vqgan.py:smoke --workdir=runs/vqgan
     python train.py --config=configs/titok_l32_stage1.py:smoke --workdir=runs/first \\
@@ -44,7 +45,7 @@ def smoke(config):
     config.model.update({"encoder": (64, 2, 2), "decoder": (64, 2, 2), "patch": 2 ** (len(widths) - 1)})
     config.model.proxy = (codes.codebook_size, codes.code_dim, widths, vqgan.blocks)
     config.optimizer.update({"lr": 1e-3, "warmup": 20})
-    config.data.update({"source": "embedded", "path": "", "held_out": "0.1", "zoom": (1.0, 4.0)})
+    config.data.update({"source": "shapes", "path": "", "held_out": "0.1"})
     config.data.streams.image.update({"batch_size": 16, "resolutions": ((32, 32),)})
     config.log.every = 10
     config.evaluation.update({"every": 100, "max_items": 10, "final_report": False})
@@ -89,10 +90,10 @@ def get_config(arg=None):
     config.data.streams["image"] = base.stream(batch_size=256, resolutions=((256, 256),))
     config.evaluation.every = config.checkpoint.every = 10_000
     if arg == "smoke":
-        config.steps = 300
+        config.steps = 800
         vqgan = smoke(config)
         config.ema_decay = 0.97
-        config.evaluation.every = 50
+        config.evaluation.every = 200
         for part in (config.loss.tokens, config.init_parts.pixels):
             part.model.unlock()
             part.model.update(vqgan.to_dict())

@@ -13,7 +13,7 @@ of 2.21 on ImageNet's validation set. The other two of the first releases differ
     --config=configs/titok_l32_stage2.py:b64     rFID 1.70
     --config=configs/titok_l32_stage2.py:s128    rFID 1.71
 
-``smoke`` runs in minutes on a CPU, on the embedded photographs and without weight files, with ``--config.init_from`` of
+``smoke`` runs in minutes on a CPU, on drawn shapes and without weight files, with ``--config.init_from`` of
 the other stage's smoke or from random weights.
 """
 

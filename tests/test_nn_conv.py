@@ -349,11 +349,13 @@ def test_height_sharding_changes_nothing(lowering):
     chex.assert_trees_all_close(jax.device_get(actual), jax.device_get(expected), **CLOSE)
 
 
-@pytest.mark.parametrize(("strides", "dilation"), [((1, 1, 1), (1, 1, 1)), ((1, 2, 2), (1, 1, 2))])
+@pytest.mark.parametrize(("strides", "dilation"), [((1, 1, 1), (1, 1, 1)), ((1, 2, 2), (1, 1, 2)), ((2, 1), (1, 2))])
 def test_depthwise_convolutions_are_lowered_right(strides, dilation):
-    rng = np.random.default_rng(0)
-    x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 4, 5, 6, 6), (3, 3, 3, 1, 6)))
-    options = {"strides": strides, "padding": ((2, 0), (1, 1), (0, 2)), "dilation": dilation, "groups": 6}
+    rng, rank = np.random.default_rng(0), len(strides)
+    sizes = ((2, *(4, 5, 6)[-rank:], 6), (*(3,) * rank, 1, 6))
+    x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in sizes)
+    padding = ((2, 0), (1, 1), (0, 2))[-rank:]
+    options = {"strides": strides, "padding": padding, "dilation": dilation, "groups": 6}
     found, expected = (convolve(x, kernel, **options, lowering=name) for name in ("auto", "native"))
     # Sums of 27 products in another order.
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
