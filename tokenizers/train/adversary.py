@@ -171,6 +171,8 @@ def _r1(adversary: Adversary, params, statistics, frozen, real, step):
         variables = _variables(adversary, params, statistics, frozen)
         return adversarial.r1_penalty(lambda x: adversary.module.apply(variables, x), real, adversary.r1_norm)
 
+    if adversary.r1_every == 1:
+        return adversary.r1_weight * penalty()
     due = step % adversary.r1_every == 0
     value = jax.lax.cond(due, penalty, lambda: jnp.zeros((), jnp.float32))
     return adversary.r1_weight * adversary.r1_every * value

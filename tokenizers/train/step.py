@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from .. import pixels
+from ..parallel import platform
 from .objective import Metrics
 from .state import TrainState
 
@@ -154,5 +155,5 @@ def mean_over_micro_batches(
 
     shapes = jax.eval_shape(body, carry, (first, 0))[1]
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (carry, total), _ = jax.lax.scan(accumulate, (carry, zeros), (micro, jnp.arange(count)))
+    (carry, total), _ = platform.scan(accumulate, (carry, zeros), (micro, jnp.arange(count)))
     return carry, jax.tree.map(lambda leaf: leaf / count, total)
