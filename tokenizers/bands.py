@@ -24,12 +24,11 @@ import numpy as np
 
 from . import pixels as pixel_values
 from .nn.attention import with_room
+from .nn.conv import STREAM
 from .parallel import platform
 from .parallel.constrain import whole
 from .tiling import Span, spans
 from .types import Array, Encoding
-
-_STREAM = "stream"
 
 # Calls a function of (module, variables, state, value) with the first two filled in, on the devices of the tokenizer.
 Run = Callable[[Callable, Any, Any], tuple[Any, Any]]
@@ -113,6 +112,17 @@ def quietly(run: Run, function: Callable, state: Any, value: Any) -> tuple[Any, 
         return run(function, state, value)
 
 
+def lowered(
+    run: Callable, statics: tuple, variables: Any, state: Any, value: Any, device: Any = None
+) -> tuple[jax.stages.Lowered, int]:
+    """A chunk's program ``run(*statics, variables, state, value)``, lowered from shapes, and the bytes of ``state``."""
+    there = None if device is None else jax.sharding.SingleDeviceSharding(device)
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there), (variables, state, value)
+    )
+    return run.lower(*statics, *placed), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
 # The state goes in and comes out, unless nothing comes after it.
 @functools.partial(platform.jit, lean=True, static_argnums=(0, 1, 2, 3), donate_argnums=5)
 def _run_part(method: str, part: str, keep: bool, module: nn.Module, variables, state, value):
@@ -120,7 +130,7 @@ def _run_part(method: str, part: str, keep: bool, module: nn.Module, variables, 
         value = pixel_values.to_float(value)
     elif part == "rest" and jnp.issubdtype(value.dtype, jnp.integer):
         value = module.apply(whole(variables), value, method="indices_to_latents")
-    collections = [_STREAM] if keep else False
+    collections = [STREAM] if keep else False
     result = module.apply(dict(whole(variables)) | state, value, part=part, method=method, mutable=collections)
     return result if keep else (result, {})
 
@@ -168,8 +178,6 @@ def later_parts(
       ``"rest"``, and of ``"decode"``, in the order in which they run. One is on the device at a time.
     """
     spec = module.spec
-    there = None if device is None else jax.sharding.SingleDeviceSharding(device)
-    placed = functools.partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there))
     steps = spec.compression[1:]
     grid = tuple(n // side for n, side in zip(size, steps, strict=True))
     cells = {}
@@ -180,12 +188,11 @@ def later_parts(
     counts = (frames + int(spec.first_frame_alone), frames)
     inputs = [jax.ShapeDtypeStruct((1, count, *sides, spec.channels), jnp.float32) for count in counts]
     for method, part in (("encode", "local"), ("encode", "rest"), ("decode", "rest"), ("decode", "local")):
-        run = functools.partial(jax.eval_shape, functools.partial(_run_part, method, part, True, module), variables)
+        statics = (method, part, True, module)
+        run = functools.partial(jax.eval_shape, functools.partial(_run_part, *statics), variables)
         start, state = run({}, inputs[0])
         state = jax.eval_shape(with_room, state)
-        history = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        shapes = map(placed, (variables, state, inputs[1]))
-        yield method, part, _run_part.lower(method, part, True, module, *shapes), history
+        yield method, part, *lowered(_run_part, statics, variables, state, inputs[1], device)
         inputs = [getattr(given, "latents", given) for given in (start, run(state, inputs[1])[0])]
         if (method, part) != ("encode", "rest"):
             area = grid if method == "encode" else cells[method]

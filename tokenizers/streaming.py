@@ -19,13 +19,13 @@ import numpy as np
 
 from . import errors
 from . import pixels as pixel_values
-from .bands import InTiles, Run, quietly
+from .bands import InTiles, Run, lowered, quietly
 from .nn.attention import with_room
+from .nn.conv import STREAM
 from .parallel import platform
 from .parallel.constrain import constrain, whole
 from .types import Array, Encoding, Spec
 
-_STREAM = "stream"
 _NAMES = ("batch", "time", "height", "width", "channel")
 
 
@@ -109,13 +109,13 @@ def _encode_chunk(module: nn.Module, variables, state, pixels):
     # Frames fit already; in a later chunk their number is not that of a clip.
     shape = (*pixels.shape[:2], *pixel_values.fitted(spec, size, (1, *pixels.shape[2:]), strict=False)[1:])
     video = constrain(pixel_values.pad(pixel_values.to_float(pixels), shape), *_NAMES)
-    return module.apply(dict(whole(variables)) | state, video, method="encode", mutable=[_STREAM])
+    return module.apply(dict(whole(variables)) | state, video, method="encode", mutable=[STREAM])
 
 
 @functools.partial(platform.jit, lean=True, static_argnums=0, donate_argnums=2)  # the state goes in and comes out
 def _decode_chunk(module: nn.Module, variables, state, latents):
     latents = _as_latents(module, variables, latents)
-    return module.apply(dict(whole(variables)) | state, latents, method="decode", mutable=[_STREAM])
+    return module.apply(dict(whole(variables)) | state, latents, method="decode", mutable=[STREAM])
 
 
 @functools.partial(platform.jit, lean=True, static_argnums=0)
@@ -140,16 +140,13 @@ def later_chunks(
       (``"encode"``, its `jax.stages.Lowered`, bytes of the history that it gets), then the same of ``"decode"``.
     """
     spec = _streaming_spec(module, type(module).__name__)
-    there = None if device is None else jax.sharding.SingleDeviceSharding(device)
-    placed = functools.partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there))
     counts = (frames + int(spec.first_frame_alone), frames)
     first, later = (jax.ShapeDtypeStruct((1, count, *size, spec.channels), jnp.float32) for count in counts)
     for method, run in (("encode", _encode_chunk), ("decode", _decode_chunk)):
         shapes = functools.partial(jax.eval_shape, functools.partial(run, module), variables)
         start, state = shapes({}, first)
         state = jax.eval_shape(with_room, state)
-        history = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        yield method, run.lower(module, placed(variables), placed(state), placed(later)), history
+        yield method, *lowered(run, (module,), variables, state, later, device)
         if method == "encode":
             following, _ = shapes(state, later)
             first, later = start.latents, following.latents

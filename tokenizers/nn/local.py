@@ -49,6 +49,7 @@ class InSteps(nn.Module):
     """
 
     def steps(self) -> list[Step]:
+        """The network in order; every encoder and decoder has its own."""
         raise NotImplementedError
 
     @nn.compact

@@ -49,7 +49,8 @@ def scan(body: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
     """`jax.lax.scan` of few steps with convolutions in them: on the CPU one after the other, without a loop.
 
     There XLA gives convolutions the form that its fast code takes, but not those inside loops and branches, whose
-    gradients so are 20 to 200 times slower (two micro-batches of KL-VAE: 70 s instead of 3).
+    gradients so are 20 to 200 times slower (two micro-batches of KL-VAE: 70 s instead of 4). Compile time grows with
+    the number of steps.
     """
     return jax.lax.scan(body, carry, inputs, unroll=jax.default_backend() == "cpu")
 

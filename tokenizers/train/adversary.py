@@ -171,7 +171,7 @@ def _r1(adversary: Adversary, params, statistics, frozen, real, step):
         variables = _variables(adversary, params, statistics, frozen)
         return adversarial.r1_penalty(lambda x: adversary.module.apply(variables, x), real, adversary.r1_norm)
 
-    if adversary.r1_every == 1:
+    if adversary.r1_every == 1:  # always due: convolutions in a branch are slow on a CPU (`platform.scan`)
         return adversary.r1_weight * penalty()
     due = step % adversary.r1_every == 0
     value = jax.lax.cond(due, penalty, lambda: jnp.zeros((), jnp.float32))
