@@ -141,6 +141,9 @@ def train(config_name, options, model=()):
     config.precision = options.dtype
     config.accumulate = 1
     config.mesh.update({"data": 1, "fsdp": 1, "context": 1})
+    if "pretraining" in config:  # each picture serves every objective; the recipe's shares need a larger batch
+        config.pretraining.distillation.masks.group = 2 * options.batch
+        config.pretraining.distillation.every = config.pretraining.reconstruction.every = 1
 
     def shape(module):
         fitting = shape_of(module, options)

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -125,6 +126,18 @@ def test_training_learns(latents):
     # Of normalized latents and noise, whoever predicts nothing is wrong by 2.
     assert abs(found[0] - 2) < 0.2
     assert np.mean(found[-20:]) < 1.7
+
+
+def test_latents_that_are_not_finite_change_nothing_but_counters(latents):
+    batch = build.data(to_dict(config(latents)), 0, 1).batch(0)
+    first, step = parts(latents, 1)
+    spoiled = batch | {"latents": np.array(batch["latents"])}
+    spoiled["latents"][3, 1, 2] = np.nan
+    state, metrics = step(first, spoiled)
+    assert not np.isfinite(metrics["loss/generator"])
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (1, 1, 1)
+    counters = {name: getattr(first, name) for name in ("step", "skipped", "skipped_in_a_row")}
+    chex.assert_trees_all_equal(state.replace(**counters), first)
 
 
 @pytest.mark.slow

@@ -57,6 +57,56 @@ def test_the_norm_and_its_clipping_are_those_of_optax(limit):
     chex.assert_trees_all_close(updated(ours, zeros, grads), updated(unclipped, zeros, expected), rtol=1e-5)
 
 
+OPTIMIZERS = {
+    "adam": ({"name": "adam"}, lambda rate, b: optax.adam(rate, **b)),
+    "adamw": (
+        {"name": "adamw", "weight_decay": 0.1, "decay": "all"},
+        lambda rate, b: optax.adamw(rate, weight_decay=0.1, **b),
+    ),
+}
+
+
+def wild(seed, shape=(4, 5)):
+    """Values of very different sizes."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {"kernel": jax.random.normal(keys[0], shape) * 10 ** (4 * jax.random.normal(keys[1], shape) - 4)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_are_those_of_optax_bit_for_bit(name):
+    fields, theirs = OPTIMIZERS[name]
+    betas = {"b1": 0.5, "b2": 0.9, "eps": 1e-6}
+    ours, rate = make(**fields, **betas, lr=1e-2, warmup=3, clip=0.0)
+    theirs, params = theirs(rate, betas), wild(0)
+    state, expected, expected_state = ours.init(params), params, theirs.init(params)
+    step = jax.jit(lambda grads, state, params: optim.descend(ours, grads, state, params, jnp.bool_(True)))
+
+    @jax.jit
+    def reference(grads, state, params):
+        updates, state = theirs.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for number in range(1, 6):
+        params, state = step(wild(number), state, params)
+        expected, expected_state = reference(wild(number), expected_state, expected)
+        chex.assert_trees_all_equal(params, expected)
+        chex.assert_trees_all_equal(jax.tree.leaves(state), jax.tree.leaves(expected_state))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_does_not_count_leaves_parameters_moments_and_counters(name):
+    optimizer, _ = make(**OPTIMIZERS[name][0], lr=1e-2, warmup=3, frozen=("bias",))
+    params = wild(0) | {"bias": jnp.ones(5)}
+    grads = wild(1) | {"bias": jnp.ones(5)}
+    bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), grads)
+    first = optimizer.init(params)
+    chex.assert_trees_all_equal(optim.descend(optimizer, bad, first, params, jnp.bool_(False)), (params, first))
+    after = optim.descend(optimizer, grads, first, params, jnp.bool_(True))
+    assert np.any(after[0]["kernel"] != params["kernel"])
+    held = optim.descend(optimizer, bad, after[1], after[0], jnp.bool_(False))
+    chex.assert_trees_all_equal(held, after)
+
+
 def test_weight_decay_acts_on_kernels_or_on_all():
     params = {"conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -100,5 +150,7 @@ def test_moving_average_follows_its_formula():
     # Warm-up: (1 + 1) / (10 + 1) at the first step, the decay itself once that is smaller.
     first = optim.ema_update(ema, params, 0.9, step, warmup=True)["a"]
     np.testing.assert_allclose(first, [2 / 11 + 2 * 9 / 11], rtol=1e-6)
+    held = optim.ema_update(ema, params, 0.9, step, warmup=False, finite=jnp.bool_(False))
+    chex.assert_trees_all_equal(held, ema)
     late = optim.ema_update(ema, params, 0.9, jnp.int32(1000), warmup=True)["a"]
     np.testing.assert_allclose(late, [1.1], rtol=1e-5)

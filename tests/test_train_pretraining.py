@@ -264,6 +264,21 @@ def test_eight_devices_do_what_one_does():
     assert {"loss/contrast", "loss/ibot", "loss/dino_local", "loss/dino_global", "loss/l1_imagenet"} <= curve[0].keys()
 
 
+def test_images_that_are_not_finite_change_nothing_but_counters():
+    """Neither does the teacher follow, nor do its centers move."""
+    config = to_dict(tiny(**{"pretraining.distillation.targets": "centering"}))
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        recipe = build.recipe(config)
+        first = jax.jit(recipe.initialize)()
+        inputs = {name: jnp.zeros(a.shape, a.dtype) for name, a in recipe.inputs_of((16, 1, 32, 32, 3)).items()}
+        inputs["pixels"] = jnp.full((16, 1, 32, 32, 3), jnp.nan)
+        state, metrics = jax.jit(make_step(recipe))(first, {}, inputs)
+    assert not np.isfinite(metrics["loss/generator"])
+    assert (int(state.step), int(state.skipped)) == (1, 1)
+    counters = {name: getattr(first, name) for name in ("step", "skipped", "skipped_in_a_row")}
+    chex.assert_trees_all_equal(state.replace(**counters), first)
+
+
 def moved(config):
     """Names of the parts of the model that one step changes, and the metrics of the step."""
     recipe = build.recipe(to_dict(config))

@@ -1,5 +1,7 @@
 """One training step: equal to its definition, harmless when a number is not finite, in place, and the same in parts."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import tiny_run
 from tokenizers.pixels import to_float
 from tokenizers.train import build
 from tokenizers.train.config import to_dict
-from tokenizers.train.step import mean_over_micro_batches
+from tokenizers.train.step import make_step, mean_over_micro_batches
 
 LAST = ("conv_out", "kernel")
 
@@ -143,6 +145,24 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters(argument):
     assert (int(state.skipped), int(state.skipped_in_a_row)) == (2, 0)
     assert np.isfinite(metrics["loss/generator"])
     assert np.any(state.params["model"]["conv_in"]["kernel"] != before.params["model"]["conv_in"]["kernel"])
+
+
+@pytest.mark.parametrize("turn", ["shared", "fresh_forward", "leads"])
+def test_a_discriminator_that_is_not_finite_holds_the_generator_as_well(turn):
+    """Whenever its turn comes: with the generator's, behind it or before."""
+    changes = {"fresh_forward": False} if turn == "shared" else {turn: True}
+    config = adversarial("ema", ema_decay=0.9, **changes)
+    mesh, recipe, state, _ = tiny_run.parts(config, jax.devices()[:1])
+    spoiled = dataclasses.replace(recipe.adversary, discriminator_loss=lambda real, fake: jnp.nan * real.mean())
+    with jax.set_mesh(mesh):
+        run = jax.jit(make_step(dataclasses.replace(recipe, adversary=spoiled)))
+        new, metrics = run(state, {}, {"pixels": pixels(0)})
+    assert np.isfinite(metrics["loss/generator"])
+    assert np.isfinite(metrics["grad_norm/generator"])
+    assert not np.isfinite(metrics["loss/discriminator"])
+    assert (int(new.step), int(new.skipped), int(new.skipped_in_a_row)) == (1, 1, 1)
+    counters = {name: getattr(state, name) for name in ("step", "skipped", "skipped_in_a_row")}
+    chex.assert_trees_all_equal(new.replace(**counters), state)
 
 
 # --- in place, once

@@ -178,12 +178,21 @@ def _r1(adversary: Adversary, params, statistics, frozen, real, step):
     return adversary.r1_weight * adversary.r1_every * value
 
 
-def update(adversary: Adversary, opponent: AdversaryState, grads, step, ema_warmup: bool) -> AdversaryState:
-    """The state after one step of its optimizer."""
+def update(
+    adversary: Adversary, before: AdversaryState, after: AdversaryState, grads, step, ema_warmup: bool, finite
+) -> AdversaryState:
+    """The state after one step of its optimizer, or as it was before if the step does not count.
+
+    Args:
+      before: the state at the start of the step.
+      after: that with what `fool` and `learn` have changed in it.
+    """
+    kept = {name: (getattr(after, name), getattr(before, name)) for name in ("statistics", "lecam", "balance")}
+    after = before.replace(**{name: optim.held(finite, *states) for name, states in kept.items()})
     if not adversary.runs:
-        return opponent
-    updates, optimizer = adversary.optimizer.update(grads, opponent.optimizer, opponent.params)
-    params, ema = optax.apply_updates(opponent.params, updates), opponent.ema
+        return after
+    params, optimizer = optim.descend(adversary.optimizer, grads, before.optimizer, before.params, finite)
+    ema = before.ema
     if adversary.ema_decay:
-        ema = optim.ema_update(ema, params, adversary.ema_decay, step - adversary.start, ema_warmup)
-    return opponent.replace(params=params, optimizer=optimizer, ema=ema)
+        ema = optim.ema_update(ema, params, adversary.ema_decay, step - adversary.start, ema_warmup, finite)
+    return after.replace(params=params, optimizer=optimizer, ema=ema)

@@ -166,10 +166,10 @@ def _update(
 ) -> tuple[TrainState, Metrics]:
     adversary, opponent, led = recipe.adversary, state.adversary, {}
     shared = adversary is not None and not adversary.fresh_forward and not adversary.leads
-    model = state.params["model"], state.model_state
     if adversary is not None and adversary.leads:  # the forward pass is the generator's: compiled, it is one
         options = {"key": key, "draw": recipe.draws[0]}
-        _, opponent, led = _own_turn(recipe, *model, opponent, frozen, state.step, micro, **options)
+        first = state.params["model"], state.model_state, opponent
+        _, opponent, led = _own_turn(recipe, state, first, frozen, micro, {}, **options)
 
     def generate(carry, inputs):
         """Gradients of one micro-batch; the discriminator's too where both learn from the same reconstruction."""
@@ -188,28 +188,36 @@ def _update(
 
     carry, (grads, opponent_grads, metrics) = mean_over_micro_batches(generate, (state.model_state, opponent), micro)
     model_state, opponent = carry
-    updates, optimizer = recipe.optimizer.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics["grad_norm/generator"] = optim.global_norm(grads)
-
+    metrics |= led | {"grad_norm/generator": optim.global_norm(grads)}
     if shared:
-        opponent = adversaries.update(adversary, opponent, opponent_grads, state.step, recipe.ema_warmup)
-        led = {"grad_norm/discriminator": optim.global_norm(opponent_grads)}
+        metrics["grad_norm/discriminator"] = optim.global_norm(opponent_grads)
     elif adversary is not None and adversary.fresh_forward:
-        updated, options = (params["model"], model_state), {"first_key": recipe.accumulate, "draw": recipe.draws[1]}
-        model_state, opponent, led = _own_turn(
-            recipe, *updated, opponent, frozen, state.step, micro, key=key, **options
-        )
-    metrics |= led
+        moved, _ = optim.descend(recipe.optimizer, grads, state.optimizer, state.params)
+        second = moved["model"], model_state, opponent
+        options = {"key": key, "first_key": recipe.accumulate, "draw": recipe.draws[1]}
+        model_state, opponent, metrics = _own_turn(recipe, state, second, frozen, micro, metrics, **options)
 
-    ema = optim.ema_update(state.ema, params["model"], recipe.ema_decay, state.step, recipe.ema_warmup)
+    # Once more where the discriminator saw the new parameters, as only then it is known whether they count.
+    finite = optim.finite(metrics)
+    params, optimizer = optim.descend(recipe.optimizer, grads, state.optimizer, state.params, finite)
+    if shared:
+        opponent = adversaries.update(
+            adversary, state.adversary, opponent, opponent_grads, state.step, recipe.ema_warmup, finite
+        )
+    elif adversary is not None and adversary.leads:
+        opponent = optim.held(finite, opponent, state.adversary)
+    ema = optim.ema_update(state.ema, params["model"], recipe.ema_decay, state.step, recipe.ema_warmup, finite)
+    model_state = optim.held(finite, model_state, state.model_state)
     new = {"params": params, "model_state": model_state, "ema": ema, "optimizer": optimizer, "adversary": opponent}
     return state.replace(**new), metrics
 
 
-def _own_turn(recipe: Recipe, params, model_state, opponent, frozen, step, micro, *, key, draw, first_key=0):
-    """(model state, adversary state, metrics): the discriminator learns from a forward pass of its own."""
-    adversary = recipe.adversary
+def _own_turn(recipe: Recipe, state: TrainState, now, frozen, micro, metrics: Metrics, *, key, draw, first_key=0):
+    """(model state, adversary state, metrics and more): the discriminator learns from a forward pass of its own.
+
+    ``now`` is what has changed in the state, or not: the model's parameters and state, the adversary's state.
+    """
+    adversary, step, (params, model_state, opponent) = recipe.adversary, state.step, now
 
     def oppose(carry, inputs):
         model_state, opponent = carry
@@ -228,9 +236,11 @@ def _own_turn(recipe: Recipe, params, model_state, opponent, frozen, step, micro
         )
         return (model_state, opponent), (grads, metrics)
 
-    (model_state, opponent), (grads, metrics) = mean_over_micro_batches(oppose, (model_state, opponent), micro)
-    opponent = adversaries.update(adversary, opponent, grads, step, recipe.ema_warmup)
-    return model_state, opponent, metrics | {"grad_norm/discriminator": optim.global_norm(grads)}
+    (model_state, opponent), (grads, more) = mean_over_micro_batches(oppose, (model_state, opponent), micro)
+    metrics = metrics | more | {"grad_norm/discriminator": optim.global_norm(grads)}
+    finite = optim.finite(metrics)
+    opponent = adversaries.update(adversary, state.adversary, opponent, grads, step, recipe.ema_warmup, finite)
+    return model_state, opponent, metrics
 
 
 def _rngs(key) -> dict[str, jax.Array]:

@@ -159,10 +159,10 @@ class Matching:
             "t": self.flow.draw_times(time_key, len(inputs["label"])),
         }
         grads, metrics = self.gradients(state.params, arrays, dropout_key)
-        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optim.ema_update(state.ema, params["model"], self.ema_decay, state.step, self.ema_warmup)
         metrics["grad_norm/generator"] = optim.global_norm(grads)
+        finite = optim.finite(metrics)
+        params, optimizer = optim.descend(self.optimizer, grads, state.optimizer, state.params, finite)
+        ema = optim.ema_update(state.ema, params["model"], self.ema_decay, state.step, self.ema_warmup, finite)
         return state.replace(params=params, ema=ema, optimizer=optimizer), metrics
 
     def gradients(self, params: Any, arrays: Mapping[str, jax.Array], key: jax.Array) -> tuple[Any, Metrics]:

@@ -235,9 +235,9 @@ class Recipe(OfPixels):
         loss = jax.value_and_grad(self.loss, has_aux=True)
         (_, (metrics, centers)), grads = loss(state.params, state.teacher, networks, views, state.step, key)
         metrics["grad_norm/generator"] = optim.global_norm(grads)
+        finite = optim.finite(metrics)
         grads = self._held(grads, state.step)
-        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, optimizer = optim.descend(self.optimizer, grads, state.optimizer, state.params, finite)
         if self.contrast.weight:
             scale = jnp.clip(params["model"]["logit_scale"], *np.log(self.contrast.scales))
             params = params | {"model": params["model"] | {"logit_scale": scale}}
@@ -245,10 +245,10 @@ class Recipe(OfPixels):
         if teacher is not None:
             momentum = self.distillation.momentum(state.step)
             metrics |= {"teacher_momentum": momentum}
-            follow = lambda old, new: old + (1 - momentum) * (new - old)  # noqa: E731
-            old = {name: teacher[name] for name in ("model", "head")}
-            teacher = jax.tree.map(follow, old, _taught(params)) | {"centers": centers}
-        ema = optim.ema_update(state.ema, params["model"], self.ema_decay, state.step, self.ema_warmup)
+            old, rate = {name: teacher[name] for name in ("model", "head")}, jnp.where(finite, 1 - momentum, 0.0)
+            centers = optim.held(finite, centers, teacher["centers"])
+            teacher = optim.follow(old, _taught(params), rate) | {"centers": centers}
+        ema = optim.ema_update(state.ema, params["model"], self.ema_decay, state.step, self.ema_warmup, finite)
         return state.replace(params=params, ema=ema, optimizer=optimizer, teacher=teacher), metrics
 
     def _held(self, grads: Any, step: Array) -> Any:

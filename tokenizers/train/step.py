@@ -14,6 +14,7 @@ import optax
 
 from .. import pixels
 from ..parallel import platform
+from . import optim
 from .objective import Metrics
 from .state import TrainState
 
@@ -73,7 +74,8 @@ class Trainable(Protocol):
     ) -> tuple[TrainState, Metrics]:
         """The state after one step, but for its counters, and metrics.
 
-        Of these, ``loss/...`` and ``grad_norm/...`` must be finite for the step to count.
+        Of these, ``loss/...`` and ``grad_norm/...`` must be finite for the step to count (`optim.finite`); if they are
+        not, all is to stay as it was (`optim.descend`, `optim.held`).
         """
 
 
@@ -107,9 +109,7 @@ def make_step(recipe: Trainable) -> Callable[[TrainState, Any, Any], tuple[Train
     def step(state: TrainState, networks, inputs):
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
         new, metrics = recipe.update(state, networks, inputs, key)
-        watched = [value for name, value in metrics.items() if name.startswith(("loss/", "grad_norm/"))]
-        finite = jnp.all(jnp.isfinite(jnp.stack(watched)))
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        finite = optim.finite(metrics)
         new = new.replace(
             step=state.step + 1,
             skipped=state.skipped + jnp.where(finite, 0, 1),
