@@ -210,6 +210,9 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
     parser.add_argument("--json", type=pathlib.Path, help="write the results there too")
     options = parser.parse_args()
+    trained = ("kl-f8", "vqgan")
+    if "train" in options.parts and not {*options.cases} <= {*trained}:
+        parser.error(f"--parts train is there for {' and '.join(trained)} alone: say --cases {' '.join(trained)}")
     wanted = {name: package for name, (package, _) in CASES.items()} | {"quantizers": "vector_quantize_pytorch"}
     missing = [name for name in {"torch", *map(wanted.get, options.cases)} if importlib.util.find_spec(name) is None]
     if missing:
@@ -220,7 +223,7 @@ def main():
     found = []
     for name in options.cases:
         sources = [quantizers(options)] if name == "quantizers" else [forward(name, options)]
-        if "train" in options.parts and name in ("kl-f8", "vqgan"):
+        if "train" in options.parts:
             sources.append(train(name, options))
         for result in itertools.chain(*sources):
             found.append(result)
