@@ -31,6 +31,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # behind H
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import torch_training  # noqa: E402
 from torch_cases import CASES  # noqa: E402
 from vistok.parallel import platform  # noqa: E402
 from vistok.quantize.fsq import FSQ  # noqa: E402
@@ -143,15 +144,11 @@ def forward(name, options):
 
 def train(name, options):
     """One step of the generator and one of the discriminator."""
-    import torch_training
-
     pair = CASES[name][1](options.size)
     shape = (options.batch, 1, *options.size, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     runs = torch_training.steps(pair.theirs, name, pixels, options.dtype)
     runs["ours"] = torch_training.ours(name, pixels, options.dtype)
-    for run in runs.values():
-        jax.block_until_ready(run())
     yield summary(name, "train", shape, options.dtype, interleaved(runs, options.rounds))
 
 
@@ -192,8 +189,6 @@ def quantizers(options):
                     torch.cuda.synchronize()
 
         runs = {"eager": eager, "ours": functools.partial(run, variables, x)}
-        for function in runs.values():
-            jax.block_until_ready(function())
         yield summary(name, "quantize", z.shape, "float32", interleaved(runs, options.rounds))
 
 
@@ -210,7 +205,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
     parser.add_argument("--json", type=pathlib.Path, help="write the results there too")
     options = parser.parse_args()
-    trained = ("kl-f8", "vqgan")
+    trained = torch_training.RECIPES
     if "train" in options.parts and not {*options.cases} <= {*trained}:
         parser.error(f"--parts train is there for {' and '.join(trained)} alone: say --cases {' '.join(trained)}")
     wanted = {name: package for name, (package, _) in CASES.items()} | {"quantizers": "vector_quantize_pytorch"}
@@ -222,7 +217,9 @@ def main():
     torch.set_num_threads(os.cpu_count())
     found = []
     for name in options.cases:
-        sources = [quantizers(options)] if name == "quantizers" else [forward(name, options)]
+        sources = [quantizers(options)] if name == "quantizers" else []
+        if name in CASES and {"encode", "decode"} & {*options.parts}:
+            sources.append(forward(name, options))
         if "train" in options.parts:
             sources.append(train(name, options))
         for result in itertools.chain(*sources):

@@ -61,6 +61,14 @@ def curve(folder) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
 
 
+def only_counters_differ(new, old) -> None:
+    """Asserts that two states of training are equal, bit for bit, but for their counts of steps."""
+    import chex
+
+    counters = {name: getattr(old, name) for name in ("step", "skipped", "skipped_in_a_row")}
+    chex.assert_trees_all_equal(new.replace(**counters), old)
+
+
 def start(
     workdir,
     *options: str,

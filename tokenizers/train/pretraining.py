@@ -239,7 +239,8 @@ class Recipe(OfPixels):
         grads = self._held(grads, state.step)
         params, optimizer = optim.descend(self.optimizer, grads, state.optimizer, state.params, finite)
         if self.contrast.weight:
-            scale = jnp.clip(params["model"]["logit_scale"], *np.log(self.contrast.scales))
+            scale = params["model"]["logit_scale"]
+            scale = optim.held(finite, jnp.clip(scale, *np.log(self.contrast.scales)), scale)
             params = params | {"model": params["model"] | {"logit_scale": scale}}
         teacher = state.teacher
         if teacher is not None:
